@@ -1,0 +1,105 @@
+"""fedsim: federated learning in virtual time, asynchronous, parallel and reproducible to the bit.
+
+The public names, imported when first used so that ``fedsim --help`` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fedsim.version import __version__
+
+if TYPE_CHECKING:
+    from fedsim.aggregate import StalenessWeight, reply_weights
+    from fedsim.app import simulate
+    from fedsim.checks import (
+        ConfigError,
+        FedsimError,
+        SimulationError,
+        flag,
+        number,
+        one_of,
+        optional_number,
+        optional_whole,
+        whole,
+    )
+    from fedsim.federation import SERVER, Federation, Reply, Task, Timer
+    from fedsim.local import Context, LocalSGD, TensorSpec
+    from fedsim.problems.base import Problem
+    from fedsim.problems.classification import Classification
+    from fedsim.problems.quadratic import Quadratic
+    from fedsim.problems.schedule_only import ScheduleOnly
+    from fedsim.recording import Run
+    from fedsim.simulation.stop import Stop
+    from fedsim.strategy import Asynchronous, Round, Strategy, Synchronous
+    from fedsim.system import System
+    from fedsim.vectors import Layout, mean, weighted_sum
+
+_HOME = {
+    "fedsim.aggregate": "StalenessWeight reply_weights",
+    "fedsim.app": "simulate",
+    "fedsim.recording": "Run",
+    "fedsim.checks": "ConfigError FedsimError SimulationError flag number one_of optional_number optional_whole whole",
+    "fedsim.federation": "SERVER Federation Reply Task Timer",
+    "fedsim.local": "Context LocalSGD TensorSpec",
+    "fedsim.problems.base": "Problem",
+    "fedsim.problems.classification": "Classification",
+    "fedsim.problems.quadratic": "Quadratic",
+    "fedsim.problems.schedule_only": "ScheduleOnly",
+    "fedsim.simulation.stop": "Stop",
+    "fedsim.strategy": "Asynchronous Round Strategy Synchronous",
+    "fedsim.system": "System",
+    "fedsim.vectors": "Layout mean weighted_sum",
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
+
+__all__ = [
+    "SERVER",
+    "Asynchronous",
+    "Classification",
+    "ConfigError",
+    "Context",
+    "Federation",
+    "FedsimError",
+    "Layout",
+    "LocalSGD",
+    "Problem",
+    "Quadratic",
+    "Reply",
+    "Round",
+    "Run",
+    "ScheduleOnly",
+    "SimulationError",
+    "StalenessWeight",
+    "Stop",
+    "Strategy",
+    "Synchronous",
+    "System",
+    "Task",
+    "TensorSpec",
+    "Timer",
+    "__version__",
+    "flag",
+    "mean",
+    "number",
+    "one_of",
+    "optional_number",
+    "optional_whole",
+    "reply_weights",
+    "simulate",
+    "weighted_sum",
+    "whole",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from where it lives."""
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fedsim' has no attribute '{name}'")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

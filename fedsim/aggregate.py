@@ -1,0 +1,48 @@
+"""Weights of updates: by samples, uniform, and by staleness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedsim.checks import number, one_of
+from fedsim.federation import Reply
+
+WEIGHTINGS = ("samples", "uniform")
+STALENESS_LAWS = ("constant", "polynomial", "hinge")
+
+
+def reply_weights(replies: Sequence[Reply], weighting: str) -> list[float]:
+    """Weights that sum to 1: ``n_i / sum n_j`` (``samples``) or ``1 / k`` (``uniform``).
+
+    When no client of the cohort has a sample the sample weights are all zero.
+    """
+    if one_of("weighting", weighting, WEIGHTINGS) == "uniform":
+        return [1.0 / len(replies)] * len(replies)
+    total = sum(reply.samples for reply in replies)
+    return [reply.samples / total if total else 0.0 for reply in replies]
+
+
+@dataclass(frozen=True)
+class StalenessWeight:
+    """The factor ``s(u)`` of an update ``u`` versions old (FedAsync, arXiv 1903.03934, section 5.2).
+
+    ``constant``: 1; ``polynomial``: ``(u + 1)^-a``; ``hinge``: 1 up to ``b``, then ``1 / (a (u - b) + 1)``.
+    """
+
+    law: str = "polynomial"
+    a: float = 0.5
+    b: float = 4.0
+
+    def __post_init__(self) -> None:
+        one_of("staleness", self.law, STALENESS_LAWS)
+        number("staleness_a", self.a, least=0)
+        number("staleness_b", self.b, least=0)
+
+    def __call__(self, staleness: int) -> float:
+        """``s(staleness)``, in (0, 1]."""
+        if self.law == "constant":
+            return 1.0
+        if self.law == "polynomial":
+            return float((staleness + 1) ** -self.a)
+        return 1.0 if staleness <= self.b else 1.0 / (self.a * (staleness - self.b) + 1.0)

@@ -1,0 +1,104 @@
+"""Checks of what a user hands in: one clear line naming the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+class FedsimError(Exception):
+    """Something went wrong that a user can act on; its text is one line."""
+
+
+class ConfigError(FedsimError, ValueError):
+    """The configuration or an argument is wrong. The command line ends with status 2."""
+
+
+class SimulationError(FedsimError, RuntimeError):
+    """A run cannot go on: nothing left to happen, a livelock, client code that raised."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """A sentence such as ``did you mean 'fedavg'?`` or the list of what is allowed."""
+    names = sorted(str(each) for each in allowed)
+    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
+    listed = ", ".join(names) if names else "nothing"
+    return f"did you mean '{close[0]}'? (allowed: {listed})" if close else f"allowed: {listed}"
+
+
+def one_of(key: str, value: Any, allowed: Iterable[str]) -> str:
+    """Return ``value`` if it is one of the names in ``allowed``."""
+    names = list(allowed)
+    if value not in names:
+        raise ConfigError(f"{key}={value}: unknown name, {nearest(str(value), names)}")
+    return str(value)
+
+
+def number(
+    key: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> float:
+    """Return ``value`` as a finite float with ``least <= value <= most`` and ``above < value < below``."""
+    allowed = _bounds(least, most, above, below)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        try:
+            value = value.item()  # numpy and torch scalars
+        except (AttributeError, ValueError, RuntimeError):
+            raise ConfigError(f"{key}={value!r}: must be a number {allowed}") from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{key}={value!r}: must be a number {allowed}")
+    if not math.isfinite(value):
+        raise ConfigError(f"{key}={value}: must be a finite number {allowed}")
+    if not (least <= value <= most and above < value < below):
+        raise ConfigError(f"{key}={value}: must be a number {allowed}")
+    return float(value)
+
+
+def whole(key: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
+    """Return ``value`` as an int with ``least <= value <= most``; 3.0 counts as 3."""
+    allowed = f">= {least}" if most is None else f"from {least} to {most}"
+    ceiling = math.inf if most is None else most
+    try:
+        checked = number(key, value)
+    except ConfigError:
+        checked = math.nan
+    if not (math.isfinite(checked) and checked == int(checked) and least <= checked <= ceiling):
+        raise ConfigError(f"{key}={value}: must be a whole number {allowed}")
+    return int(value)
+
+
+def optional_whole(key: str, value: Any, *, least: int = 0) -> int | None:
+    """As :func:`whole`, with ``None`` let through."""
+    return None if value is None else whole(key, value, least=least)
+
+
+def optional_number(key: str, value: Any, **bounds: float) -> float | None:
+    """As :func:`number`, with ``None`` let through."""
+    return None if value is None else number(key, value, **bounds)
+
+
+def flag(key: str, value: Any) -> bool:
+    """Return ``value`` if it is true or false."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{key}={value}: must be true or false")
+    return value
+
+
+def _bounds(least: float, most: float, above: float, below: float) -> str:
+    parts = []
+    if least > -math.inf:
+        parts.append(f">= {least:g}")
+    if above > -math.inf:
+        parts.append(f"> {above:g}")
+    if most < math.inf:
+        parts.append(f"<= {most:g}")
+    if below < math.inf:
+        parts.append(f"< {below:g}")
+    return " and ".join(parts) if parts else "(any finite value)"

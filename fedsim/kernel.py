@@ -1,0 +1,122 @@
+"""The event heap: virtual time in whole nanoseconds, and a fixed order within one instant.
+
+An entry is ``(time, phase, client, task, sequence, event)``: events of one instant run phase by phase,
+ties by client and task, then in the order they were scheduled. The kernel knows nothing of learning.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+from fedsim.checks import SimulationError
+
+NS = 1_000_000_000
+"""Nanoseconds in a virtual second."""
+
+
+def to_ns(seconds: float) -> int:
+    """Virtual seconds as whole nanoseconds, to the nearest."""
+    return round(seconds * NS)
+
+
+class Phase(IntEnum):
+    """The order within one instant."""
+
+    ARRIVAL = 0
+    MESSAGE = 1
+    LOSS = 2
+    AVAILABILITY = 3
+    TIMER = 4
+    SETTLE = 5
+    DISPATCH = 6
+
+
+Entry = tuple[int, int, int, int, int, Any]
+
+
+class Kernel:
+    """A virtual clock over a heap of events.
+
+    Args:
+        limit: how many events one instant may hold before it is taken for a livelock.
+    """
+
+    def __init__(self, limit: int = 1_000_000) -> None:
+        self.now = 0
+        self.limit = limit
+        self._heap: list[Entry] = []
+        self._sequence = 0
+        self._cancelled: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._heap) - len(self._cancelled)
+
+    def schedule(self, time: int, phase: Phase, event: Any, client: int = -1, task: int = -1) -> int:
+        """Put ``event`` at ``time`` (ns) and return a handle to cancel it by.
+
+        Raises:
+            ValueError: if ``time`` lies in the past.
+        """
+        if time < self.now:
+            raise ValueError(f"cannot schedule at {time} ns: it is already {self.now} ns")
+        self._sequence += 1
+        heapq.heappush(self._heap, (time, int(phase), client, task, self._sequence, event))
+        return self._sequence
+
+    def cancel(self, handle: int) -> None:
+        """Take the scheduled event of ``handle`` out; it must not have run yet."""
+        self._cancelled.add(handle)
+
+    def next_time(self) -> int | None:
+        """When the next event is due, or None when nothing is left to happen."""
+        while self._heap and self._heap[0][4] in self._cancelled:
+            self._cancelled.remove(heapq.heappop(self._heap)[4])
+        return self._heap[0][0] if self._heap else None
+
+    def advance(self, time: int) -> None:
+        """Move the clock to ``time`` although nothing happens there (the end of a run)."""
+        due = self.next_time()
+        if time < self.now or (due is not None and due < time):
+            raise ValueError(f"cannot move the clock from {self.now} to {time} ns past an event at {due} ns")
+        self.now = time
+
+    def run_instant(self, handle: Callable[[Any], None]) -> None:
+        """Run every event of the earliest time, those added to that instant meanwhile included.
+
+        Raises:
+            SimulationError: if nothing is left to happen, or the instant never ends.
+        """
+        time = self.next_time()
+        if time is None:
+            raise SimulationError(f"nothing left to happen at {self.now / NS:.6g} s of virtual time")
+        self.now = time
+        count = 0
+        while self.next_time() == time:
+            handle(heapq.heappop(self._heap)[5])
+            count += 1
+            if count > self.limit:
+                raise SimulationError(
+                    f"more than {self.limit} events at {time / NS:.6g} s of virtual time: "
+                    "the strategy answers each event with another one and time stands still"
+                )
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything the kernel holds, to be given to :meth:`restore`; events are shared, not copied."""
+        return {
+            "now": self.now,
+            "limit": self.limit,
+            "heap": list(self._heap),
+            "sequence": self._sequence,
+            "cancelled": set(self._cancelled),
+        }
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Become what :meth:`snapshot` saw."""
+        self.now = snapshot["now"]
+        self.limit = snapshot["limit"]
+        self._heap = list(snapshot["heap"])
+        self._sequence = snapshot["sequence"]
+        self._cancelled = set(snapshot["cancelled"])

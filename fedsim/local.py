@@ -1,0 +1,217 @@
+"""The client's half: what one task does on a client, written once for a stack of clients.
+
+Every vector a rule sees is a stack ``[n, d]``, one row per client, and reductions run over ``dim=-1``
+only, so the same lines serve one client in a deployment (``n = 1``) and a whole group in the simulator.
+Rows whose client has done all its steps are frozen: ``ctx.active [n, 1]`` is their mask.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.checks import ConfigError, number, one_of, optional_number, optional_whole, whole
+from fedsim.rng import Draw
+from fedsim.vectors import Layout
+
+
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a tensor that will travel, known before it is computed."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Context(ABC):
+    """What a local rule can see and use.
+
+    Attributes:
+        start: ``[n, d]`` what each client downloaded.
+        message: extra tensors sent down, each ``[n, ...]``.
+        state: the clients' own tensors, each ``[n, ...]``; assign to an entry to change it. It is kept only
+            if the server accepts the result.
+        lr: ``[n, 1]`` learning rates of this task.
+        steps: ``[n]`` local steps of each client.
+        active: ``[n, 1]`` who is still running in the current step.
+        clients: ``[n]`` client ids.
+    """
+
+    start: Tensor
+    message: dict[str, Tensor]
+    state: dict[str, Tensor]
+    lr: Tensor
+    steps: NDArray[np.int64]
+    active: Tensor
+    clients: NDArray[np.int64]
+
+    @abstractmethod
+    def batches(self) -> Iterator[Any]:
+        """The mini-batches of each local step in turn; sets ``active``. Opaque, to be given to :meth:`grad`."""
+
+    @abstractmethod
+    def grad(self, x: Tensor, batch: Any = None) -> Tensor:
+        """``[n, d]`` gradients of the clients' mean losses at ``x [n, d]`` over a batch (None: all their data)."""
+
+    @abstractmethod
+    def rng(self, purpose: str) -> Draw:
+        """Keyed randomness of these tasks, one key per row."""
+
+    def freeze(self, new: Tensor, old: Tensor) -> Tensor:
+        """``new`` for the clients still running, ``old`` for those that have finished."""
+        return torch.where(self.active, new, old)
+
+
+Rule = TypeVar("Rule", bound="LocalSGD")
+
+
+@dataclass
+class LocalSGD:
+    """Mini-batch SGD on a client's own data, and the hooks around one local step.
+
+    One step, with ``g`` what :meth:`direction` returns for the batch::
+
+        g <- g * min(1, clip / ||g||)                  (one norm over all parameters)
+        g <- g + weight_decay * x + prox * (x - start)
+        v <- momentum * v + g                          (v = g in the first step; fresh in every task)
+        x <- x - lr * lr_decay^round * v
+
+    Args:
+        lr: learning rate.
+        batch_size: examples in a mini-batch; None takes all of a client's data. The last batch of an epoch may
+            be smaller.
+        epochs: passes over the client's data; a fraction is rounded up to whole steps.
+        steps: local steps instead of epochs, one number or one per client.
+        momentum: heavy-ball coefficient.
+        weight_decay: L2 coefficient.
+        clip: largest norm of a step's gradient; None does not clip.
+        prox: FedProx's mu, the penalty ``mu / 2 * ||x - start||^2``.
+        lr_decay: factor on the rate per round.
+        sends: ``"delta"`` uploads ``x - start``, ``"model"`` uploads ``x``.
+    """
+
+    lr: float = 0.1
+    batch_size: int | None = 10
+    epochs: float = 1.0
+    steps: int | list[int] | None = None
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip: float | None = None
+    prox: float = 0.0
+    lr_decay: float = 1.0
+    sends: str = "delta"
+
+    measured: ClassVar[bool] = False
+    """True for rules whose amount of work depends on its outcome: they are trained alone, at take-effect."""
+
+    def __post_init__(self) -> None:
+        self.lr = number("lr", self.lr, least=0)
+        self.batch_size = optional_whole("batch_size", self.batch_size, least=1)
+        self.epochs = number("epochs", self.epochs, above=0)
+        if self.steps is not None:
+            counts = [self.steps] if isinstance(self.steps, (int, float, str)) else list(self.steps)
+            checked = [whole("steps", count, least=0) for count in counts]
+            self.steps = checked[0] if isinstance(self.steps, (int, float)) else checked
+        self.momentum = number("momentum", self.momentum, least=0, below=1)
+        self.weight_decay = number("weight_decay", self.weight_decay, least=0)
+        self.clip = optional_number("clip", self.clip, above=0)
+        self.prox = number("prox", self.prox, least=0)
+        self.lr_decay = number("lr_decay", self.lr_decay, above=0, most=1)
+        self.sends = one_of("sends", self.sends, ("delta", "model"))
+
+    # ---- known before training -------------------------------------------------------------------
+
+    def check(self, clients: int) -> None:
+        """Refuse settings that do not fit a population of ``clients``.
+
+        Raises:
+            ConfigError: if ``steps`` is a list of another length.
+        """
+        if isinstance(self.steps, list) and len(self.steps) != clients:
+            raise ConfigError(f"local.steps: {len(self.steps)} numbers for {clients} clients; give one per client")
+
+    def batches_per_epoch(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Mini-batches in one pass over ``samples [k]`` examples."""
+        if self.batch_size is None:
+            return np.minimum(samples, 1)
+        return -(-samples // self.batch_size)
+
+    def local_steps(self, clients: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Local steps of each task, ``[k]``, from the clients' ids and sample counts; 0 without data."""
+        if self.steps is not None:
+            chosen = np.asarray(self.steps, dtype=np.int64)
+            wanted = chosen[clients] if chosen.ndim else np.full(len(clients), chosen, dtype=np.int64)
+        else:
+            # 0.1 epochs of 30 batches are 3 steps: take off what the product is above a whole number by rounding.
+            wanted = np.ceil(self.epochs * self.batches_per_epoch(samples) - 1e-9).astype(np.int64)
+        return np.where(samples > 0, wanted, 0)
+
+    def examples(self, steps: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Training examples that ``steps [k]`` local steps work through, ``[k]``."""
+        per_epoch = np.maximum(self.batches_per_epoch(samples), 1)
+        full, rest = np.divmod(steps, per_epoch)
+        size = samples if self.batch_size is None else np.minimum(rest * self.batch_size, samples)
+        return full * samples + np.where(rest > 0, size, 0)
+
+    def rate(self, round: int) -> float:
+        """The learning rate of a task that takes effect in ``round``."""
+        return self.lr * self.lr_decay**round
+
+    def payload_spec(self, layout: Layout) -> dict[str, TensorSpec]:
+        """What :meth:`finish` will upload for one client: its bytes are counted before it is computed."""
+        return {self.sends: TensorSpec((layout.size,), layout.dtype)}
+
+    def initial_state(self, layout: Layout) -> dict[str, Tensor]:
+        """A client's state before its first accepted result; made only when it is needed."""
+        return {}
+
+    # ---- the work itself -------------------------------------------------------------------------
+
+    def run(self, ctx: Context) -> dict[str, Tensor]:
+        """Train the stack and return what travels up, each tensor ``[n, ...]``."""
+        x = ctx.start.clone()
+        velocity: Tensor | None = None
+        self.begin(ctx)
+        for batch in ctx.batches():
+            step = self.direction(ctx, x, batch)
+            if self.clip is not None:
+                norm = step.norm(dim=-1, keepdim=True)
+                step = step * (self.clip / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)
+            if self.weight_decay:
+                step = step + self.weight_decay * x
+            if self.prox:
+                step = step + self.prox * (x - ctx.start)
+            if self.momentum:
+                velocity = step if velocity is None else self.momentum * velocity + step
+                step = velocity
+            x = ctx.freeze(x - ctx.lr * step, x)
+        return self.finish(ctx, x)
+
+    def begin(self, ctx: Context) -> None:
+        """Before the first step."""
+
+    def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
+        """The gradient ``[n, d]`` that one step follows downhill."""
+        return ctx.grad(x, batch)
+
+    def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
+        """After the last step: what travels up."""
+        return {"model": x} if self.sends == "model" else {"delta": x - ctx.start}
+
+    def replace(self: Rule, **changes: Any) -> Rule:
+        """A copy with other settings, checked anew."""
+        other = copy.copy(self)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        other.__post_init__()
+        return other
+
+
+Jobs = Mapping[str, LocalSGD]

@@ -1,0 +1,37 @@
+"""The interface of a pool: work goes in as it comes to wait together, results are asked for when they are due."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+from fedsim.local import LocalSGD
+from fedsim.problems.base import Problem
+from fedsim.rng import Randomness
+from fedsim.training import Result, Work
+
+
+class Pool(ABC):
+    """Trains tasks somewhere."""
+
+    name: str
+
+    @abstractmethod
+    def open(self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> None:
+        """Hand the workers all that a run's tasks share."""
+
+    @abstractmethod
+    def submit(self, works: Sequence[Work]) -> None:
+        """Train these tasks; they may be cut into groups."""
+
+    @abstractmethod
+    def result(self, task: int) -> Result:
+        """Wait for a submitted task's result and hand it over (once)."""
+
+    @abstractmethod
+    def forget(self, task: int) -> None:
+        """A submitted task's result will not be asked for."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back everything that :meth:`open` took."""

@@ -1,0 +1,60 @@
+"""What the simulator and its workers need of a problem."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.rng import Randomness
+from fedsim.vectors import Layout
+
+
+class Problem(ABC):
+    """An objective ``f(x) = sum_i p_i f_i(x)`` spread over clients.
+
+    After :meth:`prepare` a problem is read only: workers share it. ``gradient`` is all that training
+    needs of it, ``evaluate`` all that the records need.
+    """
+
+    clients: int
+    """How many clients there are."""
+    samples: NDArray[np.int64]
+    """``[clients]``: how many training examples each client holds."""
+    layout: Layout
+    """How a flat parameter vector is made up."""
+    target_metric: tuple[str, str] | None = None
+    """The metric ``target`` is compared with, and ``"above"`` or ``"below"``; None if there is none."""
+
+    @abstractmethod
+    def prepare(self, clients: int, randomness: Randomness) -> None:
+        """Spread the problem over ``clients`` clients: sets ``clients``, ``samples`` and ``layout``.
+
+        Every draw must come from ``randomness``, so that the spread is a function of the seed alone.
+        """
+
+    @abstractmethod
+    def initial(self) -> Tensor:
+        """A new copy of the initial model ``[d]``."""
+
+    @abstractmethod
+    def gradient(self, x: Tensor, client: int, batch: Tensor | None, noise: int) -> Tensor:
+        """The gradient ``[d]`` at ``x [d]`` of one client's mean loss over ``batch``.
+
+        Args:
+            x: parameters; not to be changed.
+            client: whose data.
+            batch: positions ``0 .. samples[client] - 1`` within the client's own examples; None is all of them.
+            noise: a 63-bit seed, different for every gradient, for models that draw (dropout).
+        """
+
+    @abstractmethod
+    def evaluate(self, x: Tensor) -> dict[str, float]:
+        """Metrics of one parameter vector, such as ``loss, accuracy, val_loss, val_accuracy``."""
+
+    def client_table(self) -> dict[str, NDArray[Any]]:
+        """Columns about the clients for ``clients.parquet`` (class counts, say), each of length ``clients``."""
+        return {"samples": self.samples}

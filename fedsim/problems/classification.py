@@ -1,0 +1,250 @@
+"""Classification by any torch module, the training examples spread over the clients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedsim.checks import ConfigError, number
+from fedsim.data.partitions import Iid, Partition
+from fedsim.data.sources import Dataset, Embedded, Source
+from fedsim.problems.base import Problem
+from fedsim.problems.models import Mlp, Model
+from fedsim.rng import Randomness
+from fedsim.vectors import Layout
+
+CHUNK = 500
+"""Examples evaluated at once: enough to keep a core busy, few enough for a convolution's memory."""
+
+
+@contextmanager
+def torch_seeded(seed: int) -> Iterator[None]:
+    """Torch's CPU generator seeded within the block and as it was after it."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that would seed every GPU as well, and leave it so.
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+class FlatModule:
+    """A module whose trainable parameters are views of one flat vector, and their gradients of another.
+
+    Writing ``values [d]`` sets the parameters; a backward pass adds to ``slopes [d]``. A copied or unpickled
+    one has views of its own.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module.train()
+        trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
+        if not trained:
+            raise ConfigError(f"model: {type(module).__name__} has no trainable parameters")
+        try:
+            self.layout = Layout.of(trained)
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from None
+        self.values = self.layout.join(trained)
+        self.slopes = self.layout.zeros()
+        views = zip(self.layout.split(self.values).values(), self.layout.split(self.slopes).values(), strict=True)
+        for parameter, (value, slope) in zip(trained.values(), views, strict=True):
+            parameter.data, parameter.grad = value, slope
+
+    def __getstate__(self) -> nn.Module:
+        return copy.deepcopy(self.module)  # torch gives each copied parameter memory of its own
+
+    def __setstate__(self, module: nn.Module) -> None:
+        FlatModule.__init__(self, module)
+
+
+class Classification(Problem):
+    """Mean cross-entropy of a torch module on labelled examples.
+
+    Once prepared, the examples are kept client by client: client ``i`` holds ``train_x[starts[i]:starts[i + 1]]``.
+    One object must not be used by two threads at a time, for they would share the module; give each a copy.
+
+    Attributes:
+        train_x, train_y: what is trained on, ``[n, ...]`` and ``[n]``, in client order.
+        val_x, val_y: the validation share, empty if ``validation`` is 0.
+        test_x, test_y: the official test set.
+        train_rows, val_rows: ``[n]`` and ``[m]``, where in the source's training set these examples lay.
+        starts: ``[clients + 1]``, where each client's examples begin.
+        classes: how many classes there are.
+        draws: whether a forward pass in training draws random numbers (dropout).
+
+    Args:
+        data: a source, or a data set already loaded; the embedded images unless given.
+        model: a builder (``build(shape, classes)``), a ``torch.nn.Module``, which is copied and whose weights
+            are the initial model, or a function without arguments that makes one; :class:`Mlp` unless given.
+        partition: how training examples are spread; :class:`Iid` unless given.
+        validation: share of the training examples kept for validation, 0 to 0.5.
+
+    Raises:
+        ConfigError: from the constructor for wrong arguments, from :meth:`prepare` for data and models that
+            do not fit.
+    """
+
+    def __init__(
+        self,
+        data: Source | Dataset | None = None,
+        model: Model | nn.Module | Callable[[], nn.Module] | None = None,
+        partition: Partition | None = None,
+        validation: float = 0.1,
+    ) -> None:
+        self.data = Embedded() if data is None else data
+        self.model = Mlp() if model is None else model
+        self.partition = Iid() if partition is None else partition
+        self.validation = number("validation", validation, least=0, most=0.5)
+        if not isinstance(self.data, (Dataset, Source)):
+            raise ConfigError(f"data={data!r}: must be a Dataset or have load()")
+        if not (isinstance(self.model, (nn.Module, Model)) or callable(self.model)):
+            raise ConfigError(f"model={model!r}: must be a torch module, a function that makes one, or have build()")
+        if not isinstance(self.partition, Partition):
+            raise ConfigError(f"partition={partition!r}: must be a Partition")
+        self.target_metric = ("val_accuracy", "above") if self.validation else None
+
+    # ---- preparation -----------------------------------------------------------------------------
+
+    def prepare(self, clients: int, randomness: Randomness) -> None:
+        """Load the data, keep the validation share, spread the rest over ``clients`` clients, make the model."""
+        data = self.data if isinstance(self.data, Dataset) else self.data.load()
+        self.classes = data.classes
+        with torch_seeded(randomness("model").torch_seed()):
+            module = self._build(data.shape)
+            dtype = next((each.dtype for each in module.parameters()), torch.float32)
+            self.draws = _probe(module, data.train_x[:2].to(dtype), data.classes)
+        self._flat = FlatModule(module)
+        self.layout = self._flat.layout
+        self._initial = self._flat.values.clone()
+
+        kept, rest = self._validation_split(len(data.train_y), randomness)
+        parts = self.partition.split(data.train_y.numpy()[rest], clients, data.classes, randomness)
+        self.clients = clients
+        self.samples = np.array([len(part) for part in parts], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.samples)])
+        self.val_rows, self.train_rows = kept, rest[np.concatenate(parts)]
+
+        def rows(x: Tensor, y: Tensor, wanted: NDArray[np.int64] | None = None) -> tuple[Tensor, Tensor]:
+            index = slice(None) if wanted is None else torch.from_numpy(wanted)
+            return x[index].to(dtype), y[index]
+
+        self.train_x, self.train_y = rows(data.train_x, data.train_y, self.train_rows)
+        self.val_x, self.val_y = rows(data.train_x, data.train_y, self.val_rows)
+        self.test_x, self.test_y = rows(data.test_x, data.test_y)
+
+    def _build(self, shape: tuple[int, ...]) -> nn.Module:
+        """The user's module, refused if it keeps running statistics."""
+        if isinstance(self.model, nn.Module):
+            module = copy.deepcopy(self.model)
+        elif isinstance(self.model, Model):
+            module = self.model.build(shape, self.classes)
+        else:
+            module = self.model()
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"model: made a {type(module).__name__}, not a torch module")
+        for name, buffer in module.named_buffers():
+            if buffer.is_floating_point():
+                raise ConfigError(
+                    f"model: buffer {name} would change outside the exchanged parameters (BatchNorm's running "
+                    "statistics are such); use GroupNorm"
+                )
+        return module
+
+    def _validation_split(self, n: int, randomness: Randomness) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of ``n`` training examples are kept for validation and which are not, both ascending."""
+        count = max(1, int(self.validation * n)) if self.validation else 0
+        if count >= n:
+            raise ConfigError(f"problem.validation={self.validation}: leaves none of {n} training examples to train on")
+        order = randomness("validation").permutation(n)
+        return np.sort(order[:count]), np.sort(order[count:])
+
+    # ---- what training and records need ----------------------------------------------------------
+
+    def initial(self) -> Tensor:
+        """A new copy of the initial model ``[d]``."""
+        return self._initial.clone()
+
+    def examples(self, client: int) -> tuple[Tensor, Tensor]:
+        """Views of one client's examples ``[samples, ...]`` and labels ``[samples]``."""
+        held = slice(int(self.starts[client]), int(self.starts[client + 1]))
+        return self.train_x[held], self.train_y[held]
+
+    def gradient(self, x: Tensor, client: int, batch: Tensor | None, noise: int) -> Tensor:
+        """The gradient ``[d]`` of the mean cross-entropy over a client's batch; zero if there are no examples."""
+        images, labels = self.examples(client)
+        if batch is not None:
+            images, labels = images[batch], labels[batch]
+        flat = self._flat
+        if not len(labels):
+            return torch.zeros_like(flat.slopes)
+        flat.values.copy_(x)
+        flat.slopes.zero_()
+        if self.draws:
+            with torch_seeded(noise):
+                self._backward(images, labels)
+        else:
+            self._backward(images, labels)
+        return flat.slopes.clone()
+
+    def _backward(self, images: Tensor, labels: Tensor) -> None:
+        with torch.enable_grad():
+            cross_entropy(self._flat.module(images), labels).backward()  # type: ignore[no-untyped-call]
+
+    def evaluate(self, x: Tensor) -> dict[str, float]:
+        """Mean cross-entropy and accuracy: ``loss, accuracy`` (test) and, if kept, ``val_loss, val_accuracy``."""
+        self._flat.values.copy_(x)
+        module = self._flat.module.eval()
+        try:
+            # Seeded for modules that draw even now: evaluation too must not depend on what ran before.
+            with torch.no_grad(), torch_seeded(0):
+                loss, accuracy = _score(module, self.test_x, self.test_y)
+                metrics = {"loss": loss, "accuracy": accuracy}
+                if len(self.val_y):
+                    metrics["val_loss"], metrics["val_accuracy"] = _score(module, self.val_x, self.val_y)
+        finally:
+            module.train()
+        return metrics
+
+    def client_table(self) -> dict[str, NDArray[Any]]:
+        """``samples`` and ``class_0 .. class_{classes - 1}``: how many examples of each class a client holds."""
+        holder = np.repeat(np.arange(self.clients), self.samples)
+        cells = np.bincount(holder * self.classes + self.train_y.numpy(), minlength=self.clients * self.classes)
+        counts = cells.reshape(self.clients, self.classes)
+        return {"samples": self.samples} | {f"class_{label}": counts[:, label] for label in range(self.classes)}
+
+
+def _probe(module: nn.Module, x: Tensor, classes: int) -> bool:
+    """Whether a forward pass in training draws random numbers.
+
+    Raises:
+        ConfigError: if the module cannot take ``x [n, ...]``, or does not make logits ``[n, classes]`` of it.
+    """
+    name = type(module).__name__
+    try:
+        with torch.no_grad():
+            logits = module.train()(x)  # lazy layers take their shape, and draw their weights, here
+            before = torch.get_rng_state()
+            module(x)
+    except Exception as error:  # user code may raise anything
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"model: {name} cannot take examples of shape {list(x.shape[1:])} ({reason})") from error
+    if not isinstance(logits, Tensor) or logits.shape != (len(x), classes):
+        made = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(f"model: {name} must make logits {[len(x), classes]} of {len(x)} examples, got {made}")
+    return not torch.equal(before, torch.get_rng_state())
+
+
+def _score(module: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy and share of right answers, summed over chunks in order."""
+    loss, right = 0.0, 0
+    for start in range(0, len(y), CHUNK):
+        logits, labels = module(x[start : start + CHUNK]), y[start : start + CHUNK]
+        loss += float(cross_entropy(logits, labels, reduction="sum"))
+        right += int((logits.argmax(dim=1) == labels).sum())
+    return loss / len(y), right / len(y)

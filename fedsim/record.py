@@ -1,0 +1,218 @@
+"""Columnar logs of a run and the directory they are written to.
+
+A table is a directory of part files, each renamed into place when complete: pandas reads the directory as
+one table, and a killed run leaves readable ones. Hashes are over column values in row order, not over files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedsim.checks import ConfigError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+EVENT_COLUMNS = {
+    "task": "int64",
+    "client": "int64",
+    "job": "string",
+    "tag": "string",
+    "dispatched": "float64",
+    "started": "float64",
+    "computed": "float64",
+    "upload_started": "float64",
+    "arrived": "float64",
+    "version": "int64",
+    "applied_version": "int64",
+    "staleness": "int64",
+    "steps": "int64",
+    "samples": "int64",
+    "down_bytes": "int64",
+    "up_bytes": "int64",
+    "group": "int64",
+    "outcome": "string",
+}
+"""Columns of ``events``: a row per task. Times are virtual seconds, missing where the task never came to it;
+``applied_version`` is the version an applied result was applied to, so ``staleness = applied_version - version``."""
+
+LINK_COLUMNS = {
+    "src": "int64",
+    "dst": "int64",
+    "sent": "float64",
+    "arrived": "float64",
+    "bytes": "int64",
+    "tag": "string",
+}
+"""Columns of ``links``: a row per message between nodes, and per directed edge of a gossip step."""
+
+METRIC_COLUMNS = {
+    "version": "int64",
+    "round": "int64",
+    "time": "float64",
+    "updates": "int64",
+    "samples": "int64",
+    "up_bytes": "int64",
+    "down_bytes": "int64",
+}
+"""The first columns of ``metrics``; a float64 column per metric follows."""
+
+NOT_HASHED = ("group",)
+"""How a task was executed is no part of what happened."""
+
+
+class Log:
+    """Rows of named, typed columns, kept in order; a row may be closed after later ones.
+
+    Args:
+        columns: names and types (``int64``, ``float64`` or ``string``); None in a row is a missing value.
+    """
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self.columns = dict(columns)
+        self.rows: list[tuple[Any, ...] | None] = []
+        self._closed = 0
+
+    def columns_at(self, name: str) -> int:
+        """The position of a column in a row."""
+        return list(self.columns).index(name)
+
+    def append(self, row: tuple[Any, ...]) -> None:
+        """Add a closed row at the end."""
+        self.rows.append(row)
+
+    def put(self, index: int, row: tuple[Any, ...]) -> None:
+        """Close row ``index``; rows before it may still be open."""
+        if index >= len(self.rows):
+            self.rows.extend([None] * (index + 1 - len(self.rows)))
+        self.rows[index] = row
+
+    def closed(self) -> int:
+        """How many rows from the first on are closed."""
+        while self._closed < len(self.rows) and self.rows[self._closed] is not None:
+            self._closed += 1
+        return self._closed
+
+    def table(self, first: int = 0, last: int | None = None) -> pa.Table:
+        """Rows ``first .. last - 1`` as an arrow table; all of them must be closed."""
+        import pyarrow as pa
+
+        rows = self.rows[first:last]
+        columns = list(zip(*rows, strict=True)) if rows else [()] * len(self.columns)
+        types = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
+        arrays = [
+            pa.array(column, type=types[kind])
+            for column, kind in zip(columns, self.columns.values(), strict=True)
+        ]
+        return pa.table(arrays, names=list(self.columns))
+
+    def frame(self) -> pd.DataFrame:
+        """All rows as pandas gives them back from the parquet files."""
+        return self.table().to_pandas()
+
+    def sha256(self) -> str:
+        """Hash over the values, column by column in row order, without the columns of ``NOT_HASHED``."""
+        total = hashlib.sha256()
+        for position, (name, kind) in enumerate(self.columns.items()):
+            if name in NOT_HASHED:
+                continue
+            values = [row[position] for row in self.rows if row is not None]
+            total.update(f"{name}:{kind}:{len(values)}\n".encode())
+            if kind == "string":
+                total.update("\n".join(map(str, values)).encode())
+            else:
+                missing = np.array([value is None for value in values], dtype=np.bool_)
+                filled = [0 if value is None else value for value in values]
+                total.update(missing.tobytes())
+                total.update(np.array(filled, dtype=kind).astype(f"<{kind[0]}8").tobytes())
+        return total.hexdigest()
+
+
+class RunDirectory:
+    """One run's directory.
+
+    Args:
+        path: where; made with its parents.
+        overwrite: replace a directory that holds a run.
+
+    Raises:
+        ConfigError: if ``path`` exists and may not be replaced.
+    """
+
+    FLUSH_SECONDS = 2.0
+
+    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self._written: dict[str, int] = {}
+        self._parts: dict[str, int] = {}
+        check_free(self.path, overwrite)
+        try:
+            if self.path.exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise ConfigError(f"out={self.path}: cannot be written: {error.strerror}") from None
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file, complete or not at all."""
+        draft = self.path / f".{name}.draft"
+        draft.write_text(text)
+        os.replace(draft, self.path / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, complete or not at all."""
+        self.write_text(name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+    def flush(self, name: str, log: Log) -> None:
+        """Write the closed rows of ``log`` not yet written as a new part of the table ``name``."""
+        import pyarrow.parquet as pq
+
+        folder = self.path / f"{name}.parquet"
+        folder.mkdir(exist_ok=True)
+        first, last = self._written.get(name, 0), log.closed()
+        part = self._parts.get(name, 0)
+        if last == first and part:  # an empty table still gets one part
+            return
+        draft = folder / f".part-{part:06d}.draft"
+        pq.write_table(log.table(first, last), draft)
+        os.replace(draft, folder / f"part-{part:06d}.parquet")
+        self._written[name], self._parts[name] = last, part + 1
+
+    def write_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Write a whole table of one part."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = self.path / f"{name}.parquet"
+        folder.mkdir(exist_ok=True)
+        draft = folder / ".part-000000.draft"
+        pq.write_table(pa.table({key: np.asarray(values) for key, values in columns.items()}), draft)
+        os.replace(draft, folder / "part-000000.parquet")
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuse a path that exists, unless it holds a run (or nothing) and may be overwritten.
+
+    Raises:
+        ConfigError: naming ``out``.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ConfigError(f"out={path}: is a file, give a directory that does not exist yet")
+    holds_run = (path / "config.yaml").exists() or (path / "manifest.json").exists()
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"out={path}: exists already, give another directory or overwrite=true")
+    if not holds_run:
+        raise ConfigError(f"out={path}: is not a run's directory, so overwrite=true will not delete it")

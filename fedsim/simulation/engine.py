@@ -1,0 +1,337 @@
+"""The main loop: the federation interface implemented on a virtual clock.
+
+How one update travels: ``dispatch`` marks a client busy; at the end of the instant the whole batch takes
+effect (snapshot of model, message and state; every time and size planned); the task waits untrained. When
+the first waiting task falls due all that wait are trained together. Its arrival frees the client, checks
+the result and hands it to the strategy, whose ``publish`` decides the outcome and commits the client's state.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.checks import SimulationError
+from fedsim.federation import Clients, Federation, Reply, Timer
+from fedsim.kernel import NS, Kernel, Phase, to_ns
+from fedsim.pool import Pool
+from fedsim.problems.base import Problem
+from fedsim.rng import Draw, Randomness
+from fedsim.simulation.evaluation import Evaluation
+from fedsim.simulation.lifecycle import Lifecycle
+from fedsim.simulation.links import Links
+from fedsim.simulation.stop import Stop
+from fedsim.strategy import Strategy
+from fedsim.system import System
+
+logger = logging.getLogger("fedsim")
+
+LOGGED_WARNINGS = 10
+IDLE_CHANGES = 100_000
+"""After so many presence changes during which nothing else happened a run is taken to be stuck."""
+
+
+class Simulation(Federation):
+    """One run. ``problem`` and ``system`` must have been prepared for the same population.
+
+    Args:
+        eval_every: rounds between evaluations; 0 never evaluates.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        problem: Problem,
+        system: System,
+        pool: Pool,
+        stop: Stop,
+        randomness: Randomness,
+        cohort: int,
+        eval_every: int = 1,
+    ) -> None:
+        self.strategy, self.problem, self.system, self.pool = strategy, problem, system, pool
+        self.limits, self.randomness = stop, randomness
+        self.clients, self.cohort, self.layout = problem.clients, cohort, problem.layout
+        self.samples = problem.samples.copy()
+        self.samples.flags.writeable = False
+        self.current = problem.initial()
+        """The model itself, replaced and never written to: tasks in flight share it."""
+        self.updates = 0
+        """Client results received."""
+        self.samples_done = 0
+        self.staleness_sum = 0
+        self.stopped: str | None = None
+        self.warnings: Counter[str] = Counter()
+        self.kernel = Kernel(limit=100_000 + 20 * self.clients)
+        self.tasks = Lifecycle(self)
+        self.links = Links(self)
+        self.evaluation = Evaluation(self, eval_every)
+        self._version = 0
+        self._picks = 0
+        self._settling = False
+        self._idle_changes = 0
+
+    # ---- what a strategy sees --------------------------------------------------------------------
+
+    @property
+    def now(self) -> float:
+        """Virtual seconds since the start."""
+        return self.kernel.now / NS
+
+    @property
+    def version(self) -> int:
+        """Server steps published."""
+        return self._version
+
+    @property
+    def round(self) -> int:
+        """Cohorts of results received."""
+        return self.updates // self.cohort
+
+    @property
+    def model(self) -> Tensor:
+        """A copy of the model."""
+        return self.current.clone()
+
+    @property
+    def busy(self) -> NDArray[np.bool_]:
+        """Who has a task."""
+        return _read_only(self.tasks.busy)
+
+    @property
+    def online(self) -> NDArray[np.bool_]:
+        """Who can be reached."""
+        return _read_only(self.system.availability.online)
+
+    @property
+    def in_flight(self) -> int:
+        """Tasks running or about to start."""
+        return len(self.tasks.of_client)
+
+    def idle(self) -> NDArray[np.int64]:
+        """Ids of clients online and without a task."""
+        return np.flatnonzero(self.system.availability.online & ~self.tasks.busy)
+
+    def pick(self, k: int, among: Any = None) -> NDArray[np.int64]:
+        """A keyed draw of up to ``k`` idle clients."""
+        self._picks += 1
+        pool = self.idle() if among is None else np.intersect1d(self.idle(), np.asarray(among, dtype=np.int64))
+        if len(pool) <= k:
+            return pool
+        return np.sort(pool[self.randomness("pick", self._picks).choice(len(pool), max(k, 0))])
+
+    def dispatch(
+        self,
+        clients: Clients,
+        start: Tensor | None = None,
+        steps: Any = None,
+        *,
+        job: str = "train",
+        tag: Any = None,
+        local: bool = False,
+        held: bool = False,
+        deadline: float | None = None,
+    ) -> list[int]:
+        """Request tasks; they take effect together at the end of this instant."""
+        return self.tasks.request(clients, start, steps, job, tag, local, held, deadline)
+
+    def cancel(self, task: int) -> None:
+        """Give up a task in flight."""
+        self.tasks.cancel(task)
+
+    def timer(self, at: float, tag: Any = None) -> None:
+        """Schedule ``on_timer``."""
+        due = to_ns(at)
+        if due < self.kernel.now:
+            raise ValueError(f"timer at {at} s: it is already {self.now} s")
+        self.kernel.schedule(due, Phase.TIMER, ("timer", Timer(at, tag)))
+
+    def publish(self, vector: Tensor, used: Iterable[Reply]) -> None:
+        """A new model, the outcomes of the tasks it was made from, and their clients' states."""
+        replies = list(used)
+        if not replies:
+            return
+        if tuple(vector.shape) != (self.layout.size,):
+            raise ValueError(f"published a vector of shape {tuple(vector.shape)}, needs [{self.layout.size}]")
+        if not bool(torch.isfinite(vector).all()):
+            raise SimulationError(
+                f"{type(self.strategy).__name__} published a model with non-finite values "
+                f"at {self.now:.6g} s, version {self._version}: lower the learning rates"
+            )
+        for reply in replies:
+            self.tasks.accept(reply, self._version)
+        self.current = vector.detach().to(self.layout.dtype).clone()
+        self._version += 1
+
+    def reject(self, reply: Reply, why: str) -> None:
+        """Decide not to use a reply."""
+        self.tasks.refuse(reply, why)
+
+    def staleness(self, reply: Reply) -> int:
+        """Versions published since the reply's task took effect."""
+        return self._version - reply.task.version
+
+    def stop(self, why: str) -> None:
+        """End the run at the end of this instant."""
+        self.stopped = self.stopped or why
+
+    def send(self, src: int, dst: int, tag: Any = None, **tensors: Tensor) -> None:
+        """Send one message between nodes."""
+        self.links.send(src, dst, tag, tensors)
+
+    def exchange(self, vectors: Tensor, mixing_matrix: Tensor, tag: Any = None) -> None:
+        """Begin one gossip step."""
+        self.links.exchange(vectors, mixing_matrix, tag)
+
+    def state(self, client: int, name: str) -> Tensor:
+        """A copy of a client's committed state."""
+        return self.tasks.state_of(client)[name].clone()
+
+    def profile(self, client: int, steps: int) -> float:
+        """Expected seconds of a task."""
+        ids, network, size = np.array([client]), self.system.network, self.layout.nbytes
+        total = network.down(ids, size) + network.up(ids, size)
+        return float((total + self.system.compute.expected(ids, np.array([steps])))[0]) / NS
+
+    def rng(self, purpose: str, *ids: Any) -> Draw:
+        """The strategy's own keyed randomness."""
+        return self.randomness(f"strategy: {purpose}", *ids)
+
+    # ---- the run ---------------------------------------------------------------------------------
+
+    def run(self, observers: Sequence[Callable[[Simulation], None]] = ()) -> None:
+        """Run to the end; ``observers`` are called with the simulation at the end of every instant.
+
+        Raises:
+            SimulationError: if the run cannot go on.
+        """
+        self.pool.open(self.problem, self.strategy.jobs, self.randomness)
+        try:
+            self._begin()
+            while self.stopped is None:
+                self._advance()
+                for observer in observers:
+                    observer(self)
+            self.tasks.close()
+            self.evaluation.final()
+        finally:
+            self.pool.close()
+
+    def _begin(self) -> None:
+        self.strategy.start(self)
+        self.evaluation.at_round(0)
+        self._check_limits()
+        self._schedule_availability()
+        self._greet(np.flatnonzero(self.system.availability.online))
+        self._request_settle()
+
+    def _advance(self) -> None:
+        """One instant."""
+        due, limit = self.kernel.next_time(), self.limits.time_limit
+        if due is None:
+            raise SimulationError(self._stuck("nothing is left to happen"))
+        if limit is not None and due > to_ns(limit):
+            self.kernel.advance(to_ns(limit))
+            self.stop("time_limit")
+            return
+        self.kernel.run_instant(self._handle)
+        self.evaluation.at_round(self.round)
+        self._check_limits()
+
+    def _handle(self, event: tuple[str, Any]) -> None:
+        kind, subject = event
+        if kind == "settle":
+            self._settling = False
+            self.strategy.settle(self)
+            return
+        if kind == "take effect":
+            self.tasks.take_effect(subject)
+            return
+        if kind == "availability":
+            self._change_availability()
+        else:
+            self._idle_changes = 0
+            if kind == "arrive":
+                self.tasks.arrive(subject)
+            elif kind == "lose":
+                self.tasks.lose(subject)
+            elif kind == "expire":
+                self.tasks.expire(subject)
+            elif kind == "timer":
+                self.strategy.on_timer(self, subject)
+            elif kind == "message":
+                self.links.deliver(subject)
+            else:
+                self.links.deliver_exchange(subject)
+        self._request_settle()
+
+    def _request_settle(self) -> None:
+        if not self._settling:
+            self._settling = True
+            self.kernel.schedule(self.kernel.now, Phase.SETTLE, ("settle", None))
+
+    def _schedule_availability(self) -> None:
+        due = self.system.availability.next_change()
+        if due is not None:
+            self.kernel.schedule(due, Phase.AVAILABILITY, ("availability", None))
+
+    def _change_availability(self) -> None:
+        came, went = self.system.availability.advance(self.kernel.now)
+        self.tasks.went_offline(went)
+        self.tasks.came_online(came)
+        self._greet(came)
+        self._schedule_availability()
+        self._idle_changes += 1
+        if self._idle_changes > IDLE_CHANGES and not self.in_flight and len(self.kernel) <= 1:
+            raise SimulationError(self._stuck(f"only presence has changed for the last {IDLE_CHANGES} times"))
+
+    def _greet(self, clients: NDArray[np.int64]) -> None:
+        if type(self.strategy).on_online is not Strategy.on_online:
+            for client in clients.tolist():
+                self.strategy.on_online(self, client)
+
+    def _check_limits(self) -> None:
+        limits, why = self.limits, None
+        if limits.target is not None and self.evaluation.reached(limits.target):
+            why = "target"
+        elif limits.rounds is not None and self.round >= limits.rounds:
+            why = "rounds"
+        elif limits.updates is not None and self.updates >= limits.updates:
+            why = "updates"
+        elif limits.bytes is not None and sum(self.bytes_moved()) >= limits.bytes:
+            why = "bytes"
+        if why is not None:
+            self.stop(why)
+
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes so far, down and up; what peers send counts as up."""
+        down, up = self.tasks.bytes_moved()
+        return down, up + self.links.bytes_sent
+
+    def warn(self, text: str, kind: str) -> None:
+        """Tell the user, the first few times of each kind."""
+        self.warnings[kind] += 1
+        if self.warnings[kind] <= LOGGED_WARNINGS:
+            logger.warning("%s", text)
+        if self.warnings[kind] == LOGGED_WARNINGS:
+            logger.warning("further warnings about %s are only counted", kind)
+
+    def _stuck(self, what: str) -> str:
+        return (
+            f"{what} at {self.now:.6g} s of virtual time, but the run is not over: {self.updates} results received, "
+            f"{int(self.online.sum())} of {self.clients} clients online, {self.in_flight} at work; "
+            f"{type(self.strategy).__name__} waits for something that will not come"
+        )
+
+
+def _read_only(array: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,358 @@
+"""The life of tasks: requested, in effect, trained late, arrived or lost, and decided with one outcome."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.checks import SimulationError
+from fedsim.federation import Clients, Reply
+from fedsim.kernel import Phase, to_ns
+from fedsim.local import LocalSGD, TensorSpec
+from fedsim.record import EVENT_COLUMNS, Log
+from fedsim.simulation.tasks import LiveTask, Status, plan
+from fedsim.system import Stage
+from fedsim.training import Result, Work
+from fedsim.wire import message_bytes
+
+if TYPE_CHECKING:
+    from fedsim.simulation.engine import Simulation
+
+
+class Lifecycle:
+    """All tasks of a run whose outcome is open, and the log of the others."""
+
+    def __init__(self, sim: Simulation) -> None:
+        self.sim = sim
+        self.log = Log(EVENT_COLUMNS)
+        self.outcomes: Counter[str] = Counter()
+        self.bytes_down = self.bytes_up = 0
+        """Bytes of the tasks in the log."""
+        self.of_client: dict[int, LiveTask] = {}
+        """The task that keeps each busy client busy."""
+        self.busy = np.zeros(sim.clients, dtype=np.bool_)
+        self._open: dict[int, LiveTask] = {}
+        self._requested: list[LiveTask] = []
+        self._waiting: dict[int, LiveTask] = {}
+        """In effect and not trained yet."""
+        self._nth = np.zeros(sim.clients, dtype=np.int64)
+        self._next = 0
+        self._states: dict[int, dict[str, Tensor]] = {}
+        self._specs = {name: rule.payload_spec(sim.layout) for name, rule in sim.strategy.jobs.items()}
+        self._up_bytes = {name: message_bytes(spec.values(), sim.layout) for name, spec in self._specs.items()}
+        self._lost_in_a_row = 0
+        self._on_offline = sim.system.faults.offline_policy(sim.system.availability.slotted)
+
+    # ---- dispatch --------------------------------------------------------------------------------
+
+    def request(
+        self, clients: Clients, start: Tensor | None, steps: Any, job: str, tag: Any,
+        local: bool, held: bool, deadline: float | None,
+    ) -> list[int]:  # fmt: skip
+        """``Federation.dispatch``: mark clients busy; the batch takes effect at the end of the instant."""
+        sim = self.sim
+        ids = np.atleast_1d(np.asarray(clients, dtype=np.int64))
+        if job not in sim.strategy.jobs:
+            raise ValueError(f"no job '{job}', the strategy has {sorted(sim.strategy.jobs)}")
+        if len(ids) and (ids.min() < 0 or ids.max() >= sim.clients):
+            raise ValueError(f"clients are 0 to {sim.clients - 1}, asked for {ids.min()} to {ids.max()}")
+        unique, counts = np.unique(ids, return_counts=True)
+        twice = unique[(counts > 1) | self.busy[unique]]
+        if len(twice):
+            raise ValueError(f"client {twice[0]} has a task already: one live task per client")
+        asked = np.broadcast_to(np.asarray(-1 if steps is None else steps, dtype=np.int64), ids.shape)
+        if steps is not None and len(ids) and asked.min() < 0:
+            raise ValueError(f"steps={asked.min()}: must be >= 0")
+        starts = self._starts(start, len(ids))
+        until = None if deadline is None else to_ns(deadline)
+        if len(ids) and not self._requested:
+            sim.kernel.schedule(sim.kernel.now, Phase.DISPATCH, ("take effect", None))
+        first = self._next
+        for client, count, vector in zip(ids.tolist(), asked.tolist(), starts, strict=True):
+            task = LiveTask(self._next, client, job, tag, sim.kernel.now, count, vector, local, held, until)
+            self._next += 1
+            self._open[task.id] = self.of_client[client] = task
+            self._requested.append(task)
+        self.busy[ids] = True
+        return list(range(first, self._next))
+
+    def _starts(self, start: Tensor | None, count: int) -> Sequence[Tensor | None]:
+        if start is None:
+            return [None] * count
+        size = self.sim.layout.size
+        if tuple(start.shape) not in ((size,), (count, size)):
+            raise ValueError(f"start has shape {tuple(start.shape)}, needs [{size}] or [{count}, {size}]")
+        kept = start.detach().to(self.sim.layout.dtype).clone()
+        return [kept] * count if kept.ndim == 1 else list(kept)
+
+    def take_effect(self, _: None) -> None:
+        """Start the whole batch of this instant: snapshot, plan, schedule."""
+        sim = self.sim
+        batch = [task for task in self._requested if task.status is Status.REQUESTED]
+        self._requested = []
+        online = sim.system.availability.online
+        for task in batch:
+            task.version = sim.version
+            if not online[task.client]:
+                self._cut(task, "offline", sim.kernel.now)
+        batch = [task for task in batch if task.status is Status.REQUESTED]
+        if not batch:
+            return
+        copies: dict[int, tuple[Tensor, Tensor]] = {}
+        for job in dict.fromkeys(task.job for task in batch):
+            self._prepare([task for task in batch if task.job == job], sim.strategy.jobs[job], copies)
+        plan(batch, sim.system, sim.kernel.now)
+        for task in batch:
+            self._schedule(task)
+            if task.stage is not Stage.NONE:
+                task.work = None  # it will drop out, so nobody will see its result
+            elif task.result is None:
+                self._waiting[task.id] = task
+
+    def _prepare(self, tasks: list[LiveTask], rule: LocalSGD, copies: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Count steps and bytes and take the snapshot the tasks will be trained from."""
+        sim = self.sim
+        clients = np.array([task.client for task in tasks])
+        samples = sim.samples[clients]
+        asked = np.array([task.steps for task in tasks])
+        steps = np.where(samples == 0, 0, np.where(asked < 0, rule.local_steps(clients, samples), asked))
+        rate = rule.rate(sim.round)
+        for task, count in zip(tasks, steps.tolist(), strict=True):
+            task.steps = count
+            task.nth = int(self._nth[task.client])
+            self._nth[task.client] += 1
+            message = {
+                name: _snapshot(tensor, copies) for name, tensor in sim.strategy.message(sim, task.view()).items()
+            }
+            start = sim.current if task.start is None else task.start
+            if not task.local:
+                specs = [TensorSpec(tuple(each.shape), each.dtype) for each in message.values()]
+                task.down_bytes = message_bytes(specs, sim.layout) + (0 if task.held else sim.layout.nbytes)
+                task.up_bytes = self._up_bytes[task.job]
+            task.start = None
+            state = self.state_of(task.client)
+            task.work = Work(task.id, task.client, task.nth, task.job, start, message, state, rate, count)
+            if rule.measured:
+                self._train([task])
+                task.steps = self._result(task).steps
+        examples = rule.examples(np.array([task.steps for task in tasks]), samples)
+        for task, count in zip(tasks, examples.tolist(), strict=True):
+            task.samples = count
+
+    def _schedule(self, task: LiveTask) -> None:
+        """Put the task's end into the heap: its arrival, or when the server notices that it is lost."""
+        kernel = self.sim.kernel
+        if task.ended is None:
+            task.handle = kernel.schedule(task.arrived, Phase.ARRIVAL, ("arrive", task), task.client, task.id)
+        else:
+            seen = max(task.ended, kernel.now) + self.sim.system.faults.detect_ns
+            task.handle = kernel.schedule(seen, Phase.LOSS, ("lose", task), task.client, task.id)
+        if task.deadline is not None and task.deadline_handle is None:
+            at = max(task.deadline, kernel.now + 1)
+            task.deadline_handle = kernel.schedule(at, Phase.LOSS, ("expire", task), task.client, task.id)
+
+    # ---- training --------------------------------------------------------------------------------
+
+    def _train(self, tasks: list[LiveTask]) -> None:
+        """Hand tasks to the pool."""
+        works = [task.work for task in tasks if task.work is not None]
+        for task in tasks:
+            self._waiting.pop(task.id, None)
+            task.work = None
+        self.sim.pool.submit(works)
+
+    def _result(self, task: LiveTask) -> Result:
+        """The task's result; the first one that is missing trains all that wait."""
+        if task.result is None:
+            if task.id in self._waiting:
+                self._train(list(self._waiting.values()))
+            task.result = self.sim.pool.result(task.id)
+            task.group = task.result.group
+        return task.result
+
+    # ---- ends ------------------------------------------------------------------------------------
+
+    def arrive(self, task: LiveTask) -> None:
+        """The result is here: free the client, check what came, hand it to the strategy."""
+        sim = self.sim
+        result = self._result(task)
+        task.handle = None
+        task.status = Status.ARRIVED
+        self._release(task)
+        sim.updates += 1
+        sim.samples_done += task.samples
+        self._lost_in_a_row = 0
+        wrong = self._malformed(result.payload, self._specs[task.job])
+        if wrong:
+            sim.warn(f"rejected the result of client {task.client}, task {task.id}: {wrong}", "rejected results")
+            self._decide(task, "rejected")
+            sim.strategy.on_lost(sim, task.view(), "rejected")
+            return
+        reply = Reply(task.view(), sim.now, int(sim.samples[task.client]), result.payload)
+        sim.strategy.on_reply(sim, reply)
+
+    def _malformed(self, payload: dict[str, Tensor], spec: dict[str, TensorSpec]) -> str:
+        if payload.keys() != spec.keys():
+            return f"it holds {sorted(payload)}, expected {sorted(spec)}"
+        for name, (shape, dtype) in spec.items():
+            tensor = payload[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                return f"'{name}' is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
+            if not bool(torch.isfinite(tensor).all()):
+                return f"'{name}' has non-finite values"
+        return ""
+
+    def lose(self, task: LiveTask) -> None:
+        """The server notices that a task will not be answered."""
+        task.handle = None
+        self._release(task)
+        outcome = {"interrupted": "interrupted", "deadline": "late"}.get(task.why, "dropped")
+        self._decide(task, outcome)
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row > 10_000 + 100 * self.sim.clients:
+            raise SimulationError(
+                f"the last {self._lost_in_a_row} tasks were all lost ({task.why}): no client can ever finish"
+            )
+        self.sim.strategy.on_lost(self.sim, task.view(), task.why)
+
+    def expire(self, task: LiveTask) -> None:
+        """The task's own deadline has come."""
+        task.deadline_handle = None
+        self._stop_work(task, "deadline", self.sim.kernel.now)
+        self.lose(task)
+
+    def cancel(self, task_id: int) -> None:
+        """``Federation.cancel``."""
+        task = self._open.get(task_id)
+        if task is None or task.status not in (Status.REQUESTED, Status.RUNNING, Status.LOST):
+            raise ValueError(f"task {task_id} is not in flight")
+        if task.status is Status.REQUESTED:
+            task.version = self.sim.version
+        else:
+            self._stop_work(task, "cancelled", self.sim.kernel.now)
+        self._release(task)
+        self._decide(task, "cancelled")
+
+    def _cut(self, task: LiveTask, why: str, at: int) -> None:
+        """The client stops working on a task; the server will notice in time."""
+        requested = task.status is Status.REQUESTED
+        self._stop_work(task, why, at)
+        task.status = Status.LOST
+        if requested:  # never came into effect: nothing was planned, nothing moved
+            task.started = task.computed = task.upload_started = task.arrived = at + 1
+            task.down_bytes = task.up_bytes = 0
+        self._schedule(task)
+
+    def _stop_work(self, task: LiveTask, why: str, at: int) -> None:
+        if task.handle is not None:
+            self.sim.kernel.cancel(task.handle)
+            task.handle = None
+        if task.ended is None or task.ended > at:  # else it was over before, for a reason of its own
+            task.ended, task.why = task.seen_until(at), why
+        if self._waiting.pop(task.id, None) is None and task.work is None and task.result is None:
+            self.sim.pool.forget(task.id)
+        task.work = None
+
+    def _release(self, task: LiveTask) -> None:
+        """The client is idle again."""
+        if task.deadline_handle is not None:
+            self.sim.kernel.cancel(task.deadline_handle)
+            task.deadline_handle = None
+        if self.of_client.get(task.client) is task:
+            del self.of_client[task.client]
+            self.busy[task.client] = False
+
+    # ---- presence --------------------------------------------------------------------------------
+
+    def went_offline(self, clients: NDArray[np.int64]) -> None:
+        """Clients have left: their tasks go on, are lost or stand still, as the faults model says."""
+        for client in clients.tolist() if self._on_offline != "finish" else ():
+            task = self.of_client.get(client)
+            if task is None or task.status is not Status.RUNNING:
+                continue
+            if self._on_offline == "lose":
+                if task.ended is None or task.ended > self.sim.kernel.now:
+                    self._cut(task, "interrupted", self.sim.kernel.now)
+            elif task.handle is not None:
+                self.sim.kernel.cancel(task.handle)
+                task.handle = None
+                task.paused_at = self.sim.kernel.now
+
+    def came_online(self, clients: NDArray[np.int64]) -> None:
+        """Clients are back: what stood still goes on where it was."""
+        for client in clients.tolist():
+            task = self.of_client.get(client)
+            if task is not None and task.paused_at is not None:
+                since, task.paused_at = task.paused_at, None
+                task.shift(since, self.sim.kernel.now - since)
+                self._schedule(task)
+
+    # ---- outcomes --------------------------------------------------------------------------------
+
+    def accept(self, reply: Reply, version: int) -> None:
+        """A published model was made from this reply: it is applied and its client's new state kept."""
+        task = self._arrived(reply)
+        assert task.result is not None
+        if task.result.state:
+            self._states[task.client] = {**self.state_of(task.client), **task.result.state}
+        self.sim.staleness_sum += version - task.version
+        self._decide(task, "applied", version)
+
+    def refuse(self, reply: Reply, why: str) -> None:
+        """``Federation.reject``."""
+        self._decide(self._arrived(reply), "late" if why == "late" else "rejected")
+
+    def _arrived(self, reply: Reply) -> LiveTask:
+        task = self._open.get(reply.task.id)
+        if task is None or task.status is not Status.ARRIVED:
+            raise ValueError(f"the reply of task {reply.task.id} (client {reply.client}) was used or rejected before")
+        return task
+
+    def _decide(self, task: LiveTask, outcome: str, applied_version: int | None = None) -> None:
+        moved = task.moved(self.sim.kernel.now, self.sim.system)
+        self.log.put(task.id, task.row(self.sim.kernel.now, outcome, applied_version, moved))
+        self.bytes_down += moved[0]
+        self.bytes_up += moved[1]
+        self.outcomes[outcome] += 1
+        task.status = Status.DECIDED
+        task.result = None
+        del self._open[task.id]
+
+    def close(self) -> None:
+        """The run is over: whatever is still open is pending."""
+        for task in list(self._open.values()):
+            self._decide(task, "pending")
+
+    def bytes_moved(self) -> tuple[int, int]:
+        """All bytes moved so far, down and up, parts of running transfers included."""
+        down, up = self.bytes_down, self.bytes_up
+        for task in self._open.values():
+            moved = task.moved(self.sim.kernel.now, self.sim.system)
+            down, up = down + moved[0], up + moved[1]
+        return down, up
+
+    # ---- client state ----------------------------------------------------------------------------
+
+    def state_of(self, client: int) -> dict[str, Tensor]:
+        """A client's committed state; made when first asked for and never written to in place."""
+        if client not in self._states:
+            fresh: dict[str, Tensor] = {}
+            for rule in self.sim.strategy.jobs.values():
+                fresh.update(rule.initial_state(self.sim.layout))
+            if not fresh:
+                return fresh
+            self._states[client] = fresh
+        return self._states[client]
+
+
+def _snapshot(tensor: Tensor, copies: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+    """A copy that later changes by the strategy cannot reach; tasks of one batch share it."""
+    if id(tensor) not in copies:
+        copies[id(tensor)] = (tensor, tensor.detach().clone())
+    return copies[id(tensor)][1]

@@ -1,0 +1,214 @@
+"""What a strategy is: plain state and event handlers, and helpers for synchronous and asynchronous servers.
+
+A strategy may be saved at any event, so it holds no threads, generators, lambdas or open files.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fedsim.checks import number, one_of, optional_number, optional_whole
+from fedsim.federation import Federation, Reply, Task, Timer
+from fedsim.local import LocalSGD
+
+
+class Strategy:
+    """The server's half of a method. Override the handlers you need; each is called at its event.
+
+    Args:
+        local: the client's half of the job ``"train"``.
+    """
+
+    jobs: dict[str, LocalSGD]
+    """What clients can be asked to do, by name."""
+
+    def __init__(self, local: LocalSGD | None = None) -> None:
+        self.jobs = {"train": local if local is not None else LocalSGD()}
+
+    def start(self, fed: Federation) -> None:
+        """Time 0, before anything else."""
+
+    def on_reply(self, fed: Federation, reply: Reply) -> None:
+        """One result has arrived; its client is idle again."""
+
+    def settle(self, fed: Federation) -> None:
+        """Once after all arrivals, losses, presence changes and timers of one instant: the place to dispatch."""
+
+    def on_timer(self, fed: Federation, timer: Timer) -> None:
+        """A timer has gone off."""
+
+    def on_lost(self, fed: Federation, task: Task, why: str) -> None:
+        """A task will not be answered: ``dropped``, ``offline``, ``interrupted``, ``deadline`` or ``rejected``."""
+
+    def on_online(self, fed: Federation, client: int) -> None:
+        """A client became available; called for every client that is online at time 0."""
+
+    def on_message(self, fed: Federation, src: int, dst: int, payload: Mapping[str, Tensor], tag: Any) -> None:
+        """A message of ``fed.send`` has arrived at ``dst``."""
+
+    def on_exchange(self, fed: Federation, vectors: Tensor, tag: Any) -> None:
+        """A gossip step of ``fed.exchange`` is complete: ``vectors [clients, d]`` are mixed."""
+
+    def message(self, fed: Federation, task: Task) -> Mapping[str, Tensor]:
+        """Extra tensors to send down with a task, asked for when it takes effect."""
+        return {}
+
+    def views(self, fed: Federation) -> Mapping[str, Tensor]:
+        """What to evaluate, by name; metrics of ``"global"`` get plain names, others a prefix."""
+        return {"global": fed.model}
+
+
+class Round:
+    """One synchronous round after another: whom to ask, who has answered, when it is over.
+
+    Args:
+        over_selection: ask ``ceil(over_selection * cohort)`` clients and go on with the first ``cohort`` results.
+        deadline: seconds after which a round closes with what it has; None waits for everybody asked.
+        selection: ``"fixed"`` asks a cohort of fixed size; ``"binomial"`` asks each client with probability
+            ``cohort / clients`` and waits for all of them.
+        stragglers: ``"cancel"`` calls back those still running when a round closes; ``"late"`` lets them finish
+            and refuses their results.
+    """
+
+    def __init__(
+        self,
+        over_selection: float = 1.0,
+        deadline: float | None = None,
+        selection: str = "fixed",
+        stragglers: str = "cancel",
+    ) -> None:
+        self.over_selection = number("over_selection", over_selection, least=1)
+        self.deadline = optional_number("deadline", deadline, above=0)
+        self.selection = one_of("selection", selection, ("fixed", "binomial"))
+        self.stragglers = one_of("stragglers", stragglers, ("cancel", "late"))
+        self.number = 0
+        self.waiting: set[int] = set()
+        self.replies: list[Reply] = []
+        self._quorum = 0
+        self._expired = False
+
+    def open(self, fed: Federation, **dispatch: Any) -> None:
+        """Ask a new cohort; with nobody online and idle nothing is asked and the round stays over."""
+        chosen = self._choose(fed)
+        self.number += 1
+        self.replies = []
+        self._expired = False
+        self._quorum = min(fed.cohort, len(chosen)) if self.selection == "fixed" else len(chosen)
+        self.waiting = set(fed.dispatch(chosen, **dispatch)) if len(chosen) else set()
+        if self.waiting and self.deadline is not None:
+            fed.timer(fed.now + self.deadline, ("round deadline", self.number))
+
+    def _choose(self, fed: Federation) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if self.selection == "fixed":
+            # 10 * 1.1 is 11.000000000000002: round the product before taking the ceiling.
+            return fed.pick(math.ceil(round(self.over_selection * fed.cohort, 9)))
+        idle = fed.idle()
+        for attempt in range(100):  # an empty cohort is drawn again
+            share = fed.rng("binomial cohort", self.number, attempt, idle).uniform()
+            chosen = idle[share < fed.cohort / fed.clients]
+            if len(chosen) or not len(idle):
+                break
+        return chosen
+
+    def receive(self, fed: Federation, reply: Reply) -> None:
+        """Take in a reply; one that belongs to an earlier round is late."""
+        if reply.task.id not in self.waiting:
+            fed.reject(reply, "late")
+            return
+        self.waiting.remove(reply.task.id)
+        if len(self.replies) < self._quorum:
+            self.replies.append(reply)
+        else:
+            fed.reject(reply, "late")
+
+    def lose(self, task: Task) -> None:
+        """A task of this round will not be answered."""
+        self.waiting.discard(task.id)
+
+    def expire(self, timer: Timer) -> None:
+        """A timer has gone off; if it is this round's deadline the round is over."""
+        if timer.tag == ("round deadline", self.number):
+            self._expired = True
+
+    @property
+    def over(self) -> bool:
+        """Whether the round can be closed."""
+        return self._expired or not self.waiting or len(self.replies) >= self._quorum
+
+    def close(self, fed: Federation) -> list[Reply]:
+        """End the round and return its results in order of arrival."""
+        if self.stragglers == "cancel":
+            for task in sorted(self.waiting):
+                fed.cancel(task)
+        self.waiting = set()
+        replies, self.replies = self.replies, []
+        return replies
+
+
+class Synchronous(Strategy, ABC):
+    """A server that works in rounds: subclasses say how the results of one round become the next model.
+
+    Takes the settings of :class:`Round`.
+    """
+
+    def __init__(
+        self,
+        local: LocalSGD | None = None,
+        over_selection: float = 1.0,
+        deadline: float | None = None,
+        selection: str = "fixed",
+        stragglers: str = "cancel",
+    ) -> None:
+        super().__init__(local)
+        self.round = Round(over_selection, deadline, selection, stragglers)
+
+    @abstractmethod
+    def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
+        """The next model ``[d]`` from at least one reply, in order of arrival."""
+
+    def on_reply(self, fed: Federation, reply: Reply) -> None:
+        """Take the reply into the round."""
+        self.round.receive(fed, reply)
+
+    def on_lost(self, fed: Federation, task: Task, why: str) -> None:
+        """Go on without the task."""
+        self.round.lose(task)
+
+    def on_timer(self, fed: Federation, timer: Timer) -> None:
+        """Close the round at its deadline."""
+        self.round.expire(timer)
+
+    def settle(self, fed: Federation) -> None:
+        """Begin the next round when this one is over."""
+        if self.round.over:
+            replies = self.round.close(fed)
+            if replies:
+                fed.publish(self.aggregate(fed, replies), used=replies)
+            self.round.open(fed)
+
+
+class Asynchronous(Strategy):
+    """A server that keeps a number of clients at work: whoever finishes is replaced by a random idle client.
+
+    Args:
+        local: the client's half.
+        concurrency: tasks in flight; None is the run's cohort.
+    """
+
+    def __init__(self, local: LocalSGD | None = None, concurrency: int | None = None) -> None:
+        super().__init__(local)
+        self.concurrency = optional_whole("concurrency", concurrency, least=1)
+
+    def settle(self, fed: Federation) -> None:
+        """Refill."""
+        missing = (self.concurrency or fed.cohort) - fed.in_flight
+        if missing > 0:
+            chosen = fed.pick(missing)
+            if len(chosen):
+                fed.dispatch(chosen)

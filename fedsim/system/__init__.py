@@ -1,0 +1,48 @@
+"""The machines of a federation: how fast they compute and send, when they are online, what gets lost.
+
+Units: parameters are in seconds and megabits (10^6 bits) per second; sizes are in bytes; every time that
+comes out is an integer number of virtual nanoseconds (int64). Every draw is keyed by the seed and the
+client, or the client and its own n-th task, slot or interval, so all strategies meet the same devices.
+Models hold arrays over clients and plain numbers only: they can be pickled at any moment of a run.
+"""
+
+from __future__ import annotations
+
+from fedsim.rng import Randomness
+from fedsim.system.availability import Always, Availability
+from fedsim.system.compute import Compute
+from fedsim.system.compute import Constant as ConstantCompute
+from fedsim.system.faults import Faults, Stage
+from fedsim.system.network import Network, NoNetwork
+
+__all__ = ["Availability", "Compute", "Faults", "Network", "Stage", "System"]
+
+
+class System:
+    """One model of each kind.
+
+    Args:
+        compute: durations of local work; 0.1 s per step for everybody unless given.
+        network: durations of transfers; none unless given.
+        availability: who is online when; everybody always unless given.
+        faults: what is lost; nothing unless given.
+    """
+
+    def __init__(
+        self,
+        compute: Compute | None = None,
+        network: Network | None = None,
+        availability: Availability | None = None,
+        faults: Faults | None = None,
+    ) -> None:
+        self.compute = ConstantCompute() if compute is None else compute
+        self.network = NoNetwork() if network is None else network
+        self.availability = Always() if availability is None else availability
+        self.faults = Faults() if faults is None else faults
+
+    def prepare(self, clients: int, randomness: Randomness) -> None:
+        """Draw everything that is fixed per client, and put availability at time 0."""
+        self.compute.prepare(clients, randomness)
+        self.network.prepare(clients, randomness)
+        self.availability.prepare(clients, randomness)
+        self.faults.prepare(clients, randomness)

@@ -1,0 +1,6 @@
+"""Trains one group of tasks."""
+
+from fedsim.training.base import Result, Trainer, Work
+from fedsim.training.general import GeneralTrainer
+
+__all__ = ["GeneralTrainer", "Result", "Trainer", "Work"]

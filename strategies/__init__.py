@@ -1,0 +1,1 @@
+"""One file per method. Installed as ``fedsim.strategies``; fedsim itself never imports it."""
