@@ -37,6 +37,7 @@ def simulate(
     out: str | Path | None = None,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
+    labels: Mapping[str, str] | None = None,
     observer: Observer | None = None,
 ) -> Run:
     """Run one federation in virtual time.
@@ -54,6 +55,7 @@ def simulate(
         out: directory to write the records to; nothing is written unless given.
         overwrite: replace a run in ``out``.
         config: what to write as ``config.yaml``; what can be said of the arguments unless given.
+        labels: names of the parts for the manifest, such as ``{"strategy": "fedavg"}``; class names unless given.
         observer: called with the simulation at the end of every instant.
 
     Raises:
@@ -68,7 +70,7 @@ def simulate(
     with _one_thread():
         sim = _assemble(strategy, problem, system, pool, stop, seed, clients, cohort, eval_every)
         described = _describe(sim, seed) if config is None else config
-        recording = Recording(out, overwrite, described)
+        recording = Recording(out, overwrite, described, labels)
         observers = [recording.tick] if observer is None else [recording.tick, observer]
         try:
             sim.run(observers)

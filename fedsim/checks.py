@@ -47,13 +47,10 @@ def number(
 ) -> float:
     """Return ``value`` as a finite float with ``least <= value <= most`` and ``above < value < below``."""
     allowed = _bounds(least, most, above, below)
+    if not isinstance(value, (bool, int, float)) and hasattr(value, "item"):
+        value = value.item()  # numpy and torch scalars
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        try:
-            value = value.item()  # numpy and torch scalars
-        except (AttributeError, ValueError, RuntimeError):
-            raise ConfigError(f"{key}={value!r}: must be a number {allowed}") from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(f"{key}={value!r}: must be a number {allowed}")
+        raise ConfigError(f"{key}={value}: must be a number {allowed}")
     if not math.isfinite(value):
         raise ConfigError(f"{key}={value}: must be a finite number {allowed}")
     if not (least <= value <= most and above < value < below):

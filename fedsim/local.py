@@ -41,6 +41,7 @@ class Context(ABC):
         lr: ``[n, 1]`` learning rates of this task.
         steps: ``[n]`` local steps of each client.
         active: ``[n, 1]`` who is still running in the current step.
+        all_active: whether that is everybody.
         clients: ``[n]`` client ids.
     """
 
@@ -50,6 +51,7 @@ class Context(ABC):
     lr: Tensor
     steps: NDArray[np.int64]
     active: Tensor
+    all_active: bool = True
     clients: NDArray[np.int64]
 
     @abstractmethod
@@ -66,7 +68,7 @@ class Context(ABC):
 
     def freeze(self, new: Tensor, old: Tensor) -> Tensor:
         """``new`` for the clients still running, ``old`` for those that have finished."""
-        return torch.where(self.active, new, old)
+        return new if self.all_active else torch.where(self.active, new, old)
 
 
 Rule = TypeVar("Rule", bound="LocalSGD")
@@ -191,7 +193,7 @@ class LocalSGD:
             if self.momentum:
                 velocity = step if velocity is None else self.momentum * velocity + step
                 step = velocity
-            x = ctx.freeze(x - ctx.lr * step, x)
+            x = ctx.freeze(torch.addcmul(x, ctx.lr, step, value=-1.0), x)
         return self.finish(ctx, x)
 
     def begin(self, ctx: Context) -> None:

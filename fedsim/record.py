@@ -110,14 +110,14 @@ class Log:
         columns = list(zip(*rows, strict=True)) if rows else [()] * len(self.columns)
         types = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
         arrays = [
-            pa.array(column, type=types[kind])
-            for column, kind in zip(columns, self.columns.values(), strict=True)
+            pa.array(column, type=types[kind]) for column, kind in zip(columns, self.columns.values(), strict=True)
         ]
         return pa.table(arrays, names=list(self.columns))
 
     def frame(self) -> pd.DataFrame:
         """All rows as pandas gives them back from the parquet files."""
-        return self.table().to_pandas()
+        frame: pd.DataFrame = self.table().to_pandas()
+        return frame
 
     def sha256(self) -> str:
         """Hash over the values, column by column in row order, without the columns of ``NOT_HASHED``."""

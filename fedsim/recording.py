@@ -54,13 +54,21 @@ class Recording:
         out: the run's directory; None writes nothing and keeps the tables in memory only.
         overwrite: replace a run in ``out``.
         config: the resolved configuration, plain values.
+        labels: names of the parts, for the manifest.
 
     Raises:
         ConfigError: if ``out`` exists and may not be replaced.
     """
 
-    def __init__(self, out: str | Path | None, overwrite: bool, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        out: str | Path | None,
+        overwrite: bool,
+        config: Mapping[str, Any],
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
         self.config = dict(config)
+        self.labels = dict(labels or {})
         self.began = time.time()
         self._flushed = self.began
         self._handler: logging.Handler | None = None
@@ -148,8 +156,9 @@ class Recording:
             "instruction_set": torch.backends.cpu.get_cpu_capability(),
             "machine": platform.machine(),
             "seed": self.config.get("seed"),
-            "strategy": type(sim.strategy).__name__,
-            "problem": type(sim.problem).__name__,
+            "strategy": self.labels.get("strategy", type(sim.strategy).__name__.lower()),
+            "problem": self.labels.get("problem", type(sim.problem).__name__.lower()),
+            "choices": self.labels,
             "config_sha256": hashlib.sha256(yaml.safe_dump(identity, sort_keys=True).encode()).hexdigest(),
             "model_sha256": model_sha256(sim),
             "events_sha256": sim.tasks.log.sha256(),

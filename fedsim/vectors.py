@@ -58,7 +58,7 @@ class Layout:
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Views of ``vector [size]`` under their names and shapes; writing to them writes to it."""
-        parts = vector.split([prod(shape) for shape in self.shapes])
+        parts = torch.split(vector, [prod(shape) for shape in self.shapes])
         return {name: part.view(shape) for name, shape, part in zip(self.names, self.shapes, parts, strict=True)}
 
     def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -79,6 +79,14 @@ def weighted_sum(vectors: Sequence[Tensor], weights: Iterable[float]) -> Tensor:
     for vector, factor in zip(vectors, factors, strict=True):
         total.add_(vector, alpha=factor)
     return total
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no item is NaN or infinite (one pass, no copy)."""
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    low, high = torch.aminmax(tensor)  # both are NaN if any item is
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:

@@ -35,10 +35,9 @@ def torch_seeded(seed: int) -> Iterator[None]:
 
 
 class FlatModule:
-    """A module whose trainable parameters are views of one flat vector, and their gradients of another.
+    """A module whose trainable parameters are views of one flat vector: writing ``values [d]`` sets them.
 
-    Writing ``values [d]`` sets the parameters; a backward pass adds to ``slopes [d]``. A copied or unpickled
-    one has views of its own.
+    A copied or unpickled one has views of its own.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -51,10 +50,16 @@ class FlatModule:
         except ValueError as error:
             raise ConfigError(f"model: {error}") from None
         self.values = self.layout.join(trained)
-        self.slopes = self.layout.zeros()
-        views = zip(self.layout.split(self.values).values(), self.layout.split(self.slopes).values(), strict=True)
-        for parameter, (value, slope) in zip(trained.values(), views, strict=True):
-            parameter.data, parameter.grad = value, slope
+        self.parameters = list(trained.values())
+        for parameter, value in zip(self.parameters, self.layout.split(self.values).values(), strict=True):
+            parameter.data = value
+
+    def slope(self, images: Tensor, labels: Tensor) -> Tensor:
+        """A new gradient ``[d]`` of the mean cross-entropy at ``values``; parameters not used get zeros."""
+        with torch.enable_grad():
+            loss = cross_entropy(self.module(images), labels)
+            parts = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def __getstate__(self) -> nn.Module:
         return copy.deepcopy(self.module)  # torch gives each copied parameter memory of its own
@@ -180,21 +185,13 @@ class Classification(Problem):
         images, labels = self.examples(client)
         if batch is not None:
             images, labels = images[batch], labels[batch]
-        flat = self._flat
         if not len(labels):
-            return torch.zeros_like(flat.slopes)
-        flat.values.copy_(x)
-        flat.slopes.zero_()
-        if self.draws:
-            with torch_seeded(noise):
-                self._backward(images, labels)
-        else:
-            self._backward(images, labels)
-        return flat.slopes.clone()
-
-    def _backward(self, images: Tensor, labels: Tensor) -> None:
-        with torch.enable_grad():
-            cross_entropy(self._flat.module(images), labels).backward()  # type: ignore[no-untyped-call]
+            return torch.zeros_like(self._initial)
+        self._flat.values.copy_(x)
+        if not self.draws:
+            return self._flat.slope(images, labels)
+        with torch_seeded(noise):
+            return self._flat.slope(images, labels)
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Mean cross-entropy and accuracy: ``loss, accuracy`` (test) and, if kept, ``val_loss, val_accuracy``."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from fedsim.simulation.links import Links
 from fedsim.simulation.stop import Stop
 from fedsim.strategy import Strategy
 from fedsim.system import System
+from fedsim.vectors import all_finite
 
 logger = logging.getLogger("fedsim")
 
@@ -160,7 +160,7 @@ class Simulation(Federation):
             return
         if tuple(vector.shape) != (self.layout.size,):
             raise ValueError(f"published a vector of shape {tuple(vector.shape)}, needs [{self.layout.size}]")
-        if not bool(torch.isfinite(vector).all()):
+        if not all_finite(vector):
             raise SimulationError(
                 f"{type(self.strategy).__name__} published a model with non-finite values "
                 f"at {self.now:.6g} s, version {self._version}: lower the learning rates"

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from fedsim.record import EVENT_COLUMNS, Log
 from fedsim.simulation.tasks import LiveTask, Status, plan
 from fedsim.system import Stage
 from fedsim.training import Result, Work
+from fedsim.vectors import all_finite
 from fedsim.wire import message_bytes
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class Lifecycle:
             tensor = payload[name]
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 return f"'{name}' is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
-            if not bool(torch.isfinite(tensor).all()):
+            if not all_finite(tensor):
                 return f"'{name}' has non-finite values"
         return ""
 

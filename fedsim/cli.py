@@ -1,0 +1,104 @@
+"""The command line: ``fedsim run | report | list | doctor``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedsim.checks import ConfigError, FedsimError
+from fedsim.version import __version__
+
+COMMANDS = ("run", "report", "list", "doctor")
+
+EPILOG = """\
+examples:
+  fedsim run                                        first curve: FedAvg on the embedded images
+  fedsim run strategy=fedbuff rounds=60 seed=1      another method, another seed
+  fedsim run -m strategy=fedavg,fedbuff seed=0,1,2  a sweep
+  fedsim report runs/2026-01-31_12-00-00            table and figure of a sweep
+  fedsim run --help                                 every group, key and unit
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, 1 for a run that failed, 2 for bad input."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sys.path.append(os.getcwd())  # the user's own strategies; last, so that nothing of ours is shadowed
+    try:
+        return _command(given)
+    except ConfigError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return 2
+    except FedsimError as error:
+        print(f"fedsim: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fedsim: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fedsim list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _command(given: list[str]) -> int:
+    if given and given[0] == "run":
+        from fedsim import running
+
+        return running.main(given[1:])
+    if given and given[0] in ("-sc", "--shell-completion"):
+        from fedsim import running
+
+        return running.complete(given)
+    options = _parser().parse_args(given)
+    if options.command == "report":
+        from fedsim import report
+
+        return report.main(
+            options.directories, format=options.format, out=options.out, target=options.target, metric=options.metric
+        )
+    if options.command == "list":
+        from fedsim import reference
+
+        return reference.show(options.group, Path.cwd())
+    if options.command == "doctor":
+        from fedsim import doctor
+
+        return doctor.main()
+    _parser().print_help()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedsim",
+        description="Federated learning in virtual time: asynchronous, parallel, reproducible to the bit.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fedsim {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    commands.add_parser("run", help="run one configuration, or a sweep with -m", add_help=False)
+    report = commands.add_parser("report", help="table and figure of finished runs")
+    report.add_argument("directories", nargs="+", metavar="DIR", help="a run, or a folder with runs below it")
+    report.add_argument("--format", default="rich", help="rich (default), markdown or csv")
+    report.add_argument("--out", help="folder for the figure and the tables")
+    report.add_argument("--target", type=float, help="level to reach; default the runs' own, else chosen from the data")
+    report.add_argument("--metric", help="metric to report; default accuracy, distance or loss")
+    listing = commands.add_parser("list", help="what can be chosen: all groups, or one")
+    listing.add_argument("group", nargs="?", help="a group, such as strategy or compute")
+    commands.add_parser("doctor", help="check this installation and machine")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse with one line instead of the usage."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ConfigError(message)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

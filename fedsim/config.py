@@ -1,0 +1,320 @@
+"""From command-line overrides to objects: Hydra composes, classes' own signatures say what is allowed.
+
+Every group choice is a yaml file with ``_target_`` and the constructor's arguments, so a new method, device
+model or problem needs no schema of its own. Whatever is wrong comes out as one :class:`ConfigError` line.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsim.checks import ConfigError, nearest
+
+CONFIG_MODULE = "fedsim.conf"
+CONFIG_NAME = "config"
+
+PARTS = ("problem", "data", "partition", "model", "local", "strategy", "compute", "network", "availability", "faults")
+"""Groups whose choices become objects."""
+
+GROUPS = (*PARTS, "pool", "experiment")
+
+
+# ---- composing -----------------------------------------------------------------------------------
+
+
+def search_path(folder: Path) -> list[str]:
+    """Hydra overrides that make the user's own ``conf/`` under ``folder`` searched after ours."""
+    own = folder / "conf"
+    # The repository's conf/ is the package's own: do not search it twice.
+    if not own.is_dir() or (own / "__init__.py").exists():
+        return []
+    return [f"hydra.searchpath=[file://{own}]"]
+
+
+def register_strategies(folder: Path) -> list[str]:
+    """Make every ``NAME.yaml`` with a ``_target_`` lying in ``folder`` itself a choice of ``strategy``."""
+    names = []
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            node = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            continue
+        if isinstance(node, dict) and "_target_" in node:
+            ConfigStore.instance().store(group="strategy", name=path.stem, node=node)
+            names.append(path.stem)
+    return names
+
+
+def compose_run(overrides: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration of one run, resolved to plain values, and the choice made in every group.
+
+    Raises:
+        ConfigError: for anything Hydra or OmegaConf refuses.
+    """
+    extra = search_path(folder)
+    register_strategies(folder)
+    config = _composed([*extra, *overrides], [*extra, *overrides])
+    choices = {
+        str(group): str(choice)
+        for group, choice in config.hydra.runtime.choices.items()
+        if group in GROUPS and choice is not None and choice != "null"
+    }
+    return plain(config), choices
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration as plain, resolved values, without Hydra's own part.
+
+    Raises:
+        ConfigError: if a value is missing or cannot be resolved.
+    """
+    try:
+        kept = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        values = OmegaConf.to_container(kept, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from None
+    assert isinstance(values, dict)
+    missing = _missing(values)
+    if missing:
+        raise ConfigError(f"{missing}: must be given")
+    return {str(key): value for key, value in values.items()}
+
+
+def _composed(overrides: Sequence[str], given: Sequence[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+            return compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
+    except MissingConfigException as error:
+        raise ConfigError(_unknown_choice(error)) from None
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override}: cannot be read as key=value") from None
+    except ConfigCompositionException as error:
+        raise ConfigError(_bad_override(error, given)) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from None
+    except ValueError as error:  # a group set to something that is no name
+        group = next((one for one in given if one.partition("=")[0] in GROUPS), "")
+        raise ConfigError(f"{group}: {_one_line(error)}") from None
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    group, _, name = str(error.missing_cfg_file or "").rpartition("/")
+    if not group or error.options is None:
+        return _one_line(error)
+    return f"{group}={name}: unknown name, {nearest(name, error.options)}"
+
+
+def _bad_override(error: Exception, given: Sequence[str]) -> str:
+    """Name the key and the nearest one that exists, from the configuration without value overrides."""
+    text = f"{error}\n{error.__cause__ or ''}"
+    found = re.search(r"full_key: (\S+)", text) or re.search(r"(?:override|append to config\.?) '([^']+)'", text)
+    if not found:
+        return _one_line(error)
+    key = found.group(1)
+    value = next((one.partition("=")[2] for one in given if one.partition("=")[0].lstrip("+~") == key), "")
+    shown = f"{key}={value}" if value else key
+    parent, _, last = key.rpartition(".")
+    groups_only = [one for one in given if one.partition("=")[0] in (*GROUPS, "hydra.searchpath")]
+    try:
+        config = _composed(groups_only, groups_only)
+        node = OmegaConf.select(config, parent) if parent else config
+    except (ConfigError, OmegaConfBaseException):
+        return f"{shown}: unknown key"
+    if node is None:
+        return f"{shown}: unknown key, {nearest(parent, _names(config))}"
+    if not isinstance(node, DictConfig):
+        return f"{shown}: {parent} is one value, it has no keys"
+    if last in node:
+        return f"{shown}: {_one_line(error.__cause__ or error)}"
+    return f"{shown}: unknown key, {nearest(last, _names(node))}"
+
+
+def _names(node: DictConfig) -> list[str]:
+    return [str(name) for name in node if name not in ("_target_", "hydra")]
+
+
+def _missing(values: Any, path: str = "") -> str | None:
+    if isinstance(values, dict):
+        return next((found for key, each in values.items() if (found := _missing(each, f"{path}.{key}"))), None)
+    return path.lstrip(".") if values == "???" else None
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    keys = [line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")]
+    text = lines[0] if lines else type(error).__name__
+    return f"{keys[0]}: {text}" if keys else text
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The members of a sweep, each as its own overrides, in Hydra's order.
+
+    Raises:
+        ConfigError: if an override cannot be read.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override}: cannot be read as key=value") from None
+    return [list(member) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for member in batch]
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def build(node: Any, path: str, **objects: Any) -> Any:
+    """Call a node's ``_target_`` with the node's other keys and those of ``objects`` it has parameters for.
+
+    Args:
+        node: a mapping with ``_target_``.
+        path: the node's key, put before what is wrong.
+
+    Raises:
+        ConfigError: naming the key, the value and what is allowed.
+    """
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        raise ConfigError(f"{path}={node}: must be one of the choices that `fedsim list {path}` shows")
+    target = locate(str(node["_target_"]), f"{path}._target_")
+    parameters = inspect.signature(target).parameters
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    settings = {str(key): value for key, value in node.items() if key != "_target_"}
+    for key, value in settings.items():
+        if key not in parameters:
+            allowed = [name for name in parameters if name not in objects]
+            raise ConfigError(f"{path}.{key}={value}: unknown key, {nearest(key, allowed)}")
+        if key in hints:
+            settings[key] = fit(f"{path}.{key}", value, hints[key])
+    given = {name: each for name, each in objects.items() if name in parameters}
+    missing = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in settings
+        and name not in given
+    ]
+    if missing:
+        raise ConfigError(f"{path}.{missing[0]}: must be given")
+    try:
+        return target(**settings, **given)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.{error}") from None
+
+
+def locate(dotted: str, key: str) -> Any:
+    """The class or function of a dotted name.
+
+    Raises:
+        ConfigError: naming ``key`` if there is no such module or name.
+    """
+    module_name, _, name = dotted.rpartition(".")
+    if not module_name:
+        raise ConfigError(f"{key}={dotted}: must be module.Name")
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise ConfigError(f"{key}={dotted}: there is no module '{error.name}'") from None
+        raise
+    if not hasattr(module, name):
+        names = [each for each in vars(module) if not each.startswith("_")]
+        raise ConfigError(f"{key}={dotted}: {module_name} has no '{name}', {nearest(name, names)}")
+    return getattr(module, name)
+
+
+def fit(key: str, value: Any, hint: Any) -> Any:
+    """``value`` as ``hint`` wants it (a whole number where a float is due is fine).
+
+    Only plain types are judged: int, float, bool, str, None, lists and unions of these.
+
+    Raises:
+        ConfigError: naming key, value and what is allowed.
+    """
+    options = _options(hint)
+    if options is None:
+        return value
+    if isinstance(value, ListConfig):
+        value = list(value)
+    for option in options:
+        if _matches(value, option):
+            return value
+    if float in options and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if int in options and isinstance(value, float) and value.is_integer():
+        return int(value)
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", type(None): "null"}
+    wanted = " or ".join(names.get(option, f"a list of {_inner(option)}") for option in options)
+    raise ConfigError(f"{key}={value}: must be {wanted}")
+
+
+def _options(hint: Any) -> list[Any] | None:
+    parts = list(typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else [hint]
+    known = all(part in (int, float, bool, str, type(None)) or typing.get_origin(part) is list for part in parts)
+    return parts if known else None
+
+
+def _matches(value: Any, option: Any) -> bool:
+    if typing.get_origin(option) is list:
+        inner = typing.get_args(option)[0]
+        return isinstance(value, list) and all(_matches(each, inner) for each in value)
+    if option in (int, float):
+        return isinstance(value, option) and not isinstance(value, bool)
+    return isinstance(value, option)
+
+
+def _inner(option: Any) -> str:
+    return {int: "whole numbers", float: "numbers", str: "names"}.get(typing.get_args(option)[0], "values")
+
+
+# ---- what there is, from the yaml files themselves -------------------------------------------------
+
+
+def described(path: Path) -> tuple[str, list[tuple[str, str, str]]]:
+    """A yaml file's first comment, and (key, default, comment) of its top-level keys."""
+    summary, keys = "", []
+    for line in path.read_text().splitlines():
+        if line.startswith("#") and not summary and not line.startswith("# @"):
+            summary = line.lstrip("# ").strip()
+        found = re.match(r"([A-Za-z]\w*): (.*?)(?:\s+# (.*))?$", line)
+        if found:
+            keys.append((found[1], found[2].strip(), found[3] or ""))
+    return summary, keys
+
+
+def config_folder() -> Path:
+    """Where our yaml files lie."""
+    return Path(str(import_module(CONFIG_MODULE).__file__)).parent
+
+
+def choices(group: str, folder: Path) -> dict[str, Path]:
+    """The choices of a group and their files: ours, then the user's own under ``folder``."""
+    found = {path.stem: path for path in sorted((config_folder() / group).glob("*.yaml"))}
+    if search_path(folder):
+        found |= {path.stem: path for path in sorted((folder / "conf" / group).glob("*.yaml"))}
+    if group == "strategy":
+        found |= {name: folder / f"{name}.yaml" for name in register_strategies(folder)}
+    return found
+
+
+def groups(folder: Path) -> Iterable[str]:
+    """All group names that have choices."""
+    return [group for group in GROUPS if choices(group, folder)]

@@ -1,0 +1,92 @@
+"""The live line on a terminal: virtual time, rounds, updates, staleness, metric. Silent in a pipe."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from fedsim.simulation import Simulation
+
+REFRESH_SECONDS = 0.1
+HEADLINES = ["accuracy", "distance", "loss"]
+
+
+def seconds(value: float) -> str:
+    """Virtual seconds for people: ``12.3 s``, ``4.2 min``, ``3.1 h``."""
+    for size, unit in ((3600.0, "h"), (60.0, "min")):
+        if value >= 2 * size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.1f} s"
+
+
+def megabytes(value: int) -> str:
+    """Bytes for people."""
+    return f"{value / 1e6:,.1f} MB"
+
+
+class LiveProgress:
+    """An observer that shows where a run is, on a terminal only."""
+
+    def __init__(self, title: str) -> None:
+        self.console = Console(stderr=True)
+        self.title = title
+        self._shown = 0.0
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> LiveProgress:
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"))
+            self._progress = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+            self._task = self._progress.add_task(self.title, total=1.0, state="starting")
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def __call__(self, sim: Simulation) -> None:
+        """Show the state of a run, at most ten times a second."""
+        if self._progress is not None and time.monotonic() - self._shown > REFRESH_SECONDS:
+            self._shown = time.monotonic()
+            self._progress.update(self._task, completed=done(sim), state=state(sim))
+
+
+def done(sim: Simulation) -> float:
+    """The share of the run that is over, by the limit that is nearest."""
+    limits = sim.limits
+    shares = [
+        reached / limit
+        for reached, limit in (
+            (sim.round, limits.rounds),
+            (sim.now, limits.time_limit),
+            (sim.updates, limits.updates),
+            (sim.tasks.bytes_down + sim.tasks.bytes_up, limits.bytes),
+        )
+        if limit is not None
+    ]
+    return min(1.0, max(shares))
+
+
+def state(sim: Simulation) -> str:
+    """One line: virtual time, rounds, updates, staleness, rejected updates, newest metric."""
+    applied = sim.tasks.outcomes["applied"]
+    parts = [seconds(sim.now), f"round {sim.round}", f"{sim.updates} updates"]
+    if applied:
+        parts.append(f"staleness {sim.staleness_sum / applied:.1f}")
+    if sim.tasks.outcomes["rejected"]:
+        parts.append(f"[red]{sim.tasks.outcomes['rejected']} rejected[/red]")
+    parts += [f"{name} {sim.evaluation.latest[name]:.4g}" for name in headline(sim.evaluation.latest)]
+    return " · ".join(parts)
+
+
+def headline(metrics: dict[str, float]) -> list[str]:
+    """The metric to show first, if there is any."""
+    return next(([name] for name in HEADLINES if name in metrics), [])
