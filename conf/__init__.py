@@ -1,0 +1,1 @@
+"""The Hydra configuration: one folder per group, one file per choice. Installed as ``fedsim.conf``."""

@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedsim.app import Observer, simulate
-from fedsim.checks import ConfigError, flag, nearest
+from fedsim.app import Observer, check_target, simulate
+from fedsim.checks import ConfigError, flag, nearest, whole
 from fedsim.config import GROUPS, PARTS, build
 from fedsim.pool import Pool
 from fedsim.problems.base import Problem
@@ -50,6 +50,13 @@ class Assembly:
         for key, value in config.items():
             if key not in RUN_KEYS and key not in GROUPS:
                 raise ConfigError(f"{key}={value}: unknown key, {nearest(key, (*RUN_KEYS, *PARTS, 'pool'))}")
+        for key in (*RUN_KEYS, *PARTS, "pool"):
+            if key not in config:
+                raise ConfigError(f"{key}: must be given")
+        whole("seed", config["seed"])
+        clients = whole("clients", config["clients"], least=1)
+        whole("cohort", config["cohort"], least=1)
+        whole("eval_every", config["eval_every"])
         self.stop = Stop(config["rounds"], config["time_limit"], config["updates"], config["bytes"], config["target"])
         self.overwrite = flag("overwrite", config["overwrite"])
         parts = {name: build(config[name], name) for name in ("data", "partition", "model", "local")}
@@ -65,6 +72,10 @@ class Assembly:
             raise ConfigError(f"problem={self.choices.get('problem')}: {type(self.problem).__name__} is no Problem")
         if not isinstance(self.strategy, Strategy):
             raise ConfigError(f"strategy={self.choices.get('strategy')}: {type(self.strategy).__name__} is no Strategy")
+        for rule in self.strategy.jobs.values():
+            rule.check(clients)
+        if self.stop.target is not None:
+            check_target(self.problem, self.stop.target, config["eval_every"])
         self.out = Path(str(config["out"])) if config["out"] is not None else None
 
     def check_out(self) -> None:

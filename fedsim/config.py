@@ -128,8 +128,7 @@ def _bad_override(error: Exception, given: Sequence[str]) -> str:
     if not found:
         return _one_line(error)
     key = found.group(1)
-    value = next((one.partition("=")[2] for one in given if one.partition("=")[0].lstrip("+~") == key), "")
-    shown = f"{key}={value}" if value else key
+    shown = next((one.lstrip("+~") for one in given if f"{one.lstrip('+~')}.".startswith((f"{key}=", f"{key}."))), key)
     parent, _, last = key.rpartition(".")
     groups_only = [one for one in given if one.partition("=")[0] in (*GROUPS, "hydra.searchpath")]
     try:
@@ -242,7 +241,7 @@ def locate(dotted: str, key: str) -> Any:
 
 
 def fit(key: str, value: Any, hint: Any) -> Any:
-    """``value`` as ``hint`` wants it (a whole number where a float is due is fine).
+    """``value`` if it is what ``hint`` wants (a whole number where a float is due is fine).
 
     Only plain types are judged: int, float, bool, str, None, lists and unions of these.
 
@@ -258,12 +257,14 @@ def fit(key: str, value: Any, hint: Any) -> Any:
         if _matches(value, option):
             return value
     if float in options and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return value
     if int in options and isinstance(value, float) and value.is_integer():
         return int(value)
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", type(None): "null"}
-    wanted = " or ".join(names.get(option, f"a list of {_inner(option)}") for option in options)
+    wanted = " or ".join(_NAMES[option] if option in _NAMES else f"a list of {_inner(option)}" for option in options)
     raise ConfigError(f"{key}={value}: must be {wanted}")
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", type(None): "null"}
 
 
 def _options(hint: Any) -> list[Any] | None:

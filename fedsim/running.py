@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.assemble import Assembly, new_folder
-from fedsim.checks import ConfigError, FedsimError
+from fedsim.checks import ConfigError, FedsimError, nearest
 from fedsim.config import (
     CONFIG_MODULE,
     CONFIG_NAME,
@@ -24,6 +24,9 @@ from fedsim.progress import LiveProgress, headline, megabytes, seconds
 from fedsim.recording import Run
 
 MULTIRUN = ("-m", "--multirun")
+HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--shell-completion", "-sc")
+"""Flags of Hydra's own that are handed on."""
+
 LONGEST_NAME = 150
 """Longest folder name of a sweep's member, in characters."""
 
@@ -41,6 +44,9 @@ def main(arguments: Sequence[str]) -> int:
 
         print(run_help(Path.cwd()))
         return 0
+    for each in flags:
+        if each.partition("=")[0] not in (*MULTIRUN, *HYDRA_FLAGS):
+            raise ConfigError(f"{each}: unknown flag, {nearest(each, (*MULTIRUN, *HYDRA_FLAGS, '--help'))}")
     if any(each not in MULTIRUN for each in flags):
         return _hydra(list(arguments))
     return _sweep(overrides) if flags else _single(overrides)

@@ -83,7 +83,7 @@ def assert_staleness_is_conserved(run, in_flight, buffer):
 def test_mean_staleness_of_fedbuff_is_in_flight_less_one_over_buffer(law, in_flight, buffer):
     run = schedule(
         FedBuff(ONE_STEP, buffer_size=buffer, concurrency=in_flight),
-        fedsim.Stop(updates=900 // buffer * buffer),
+        fedsim.Stop(updates=600 // buffer * buffer),
         LAWS[law](),
         clients=40,
     )
@@ -94,7 +94,7 @@ def test_mean_staleness_of_fedbuff_is_in_flight_less_one_over_buffer(law, in_fli
 @pytest.mark.parametrize(("in_flight", "clients"), [(3, 30), (10, 10), (25, 60)])
 def test_mean_staleness_of_fedasync_is_in_flight_less_one(law, in_flight, clients):
     strategy = FedAsync(ONE_STEP, concurrency=in_flight)
-    run = schedule(strategy, fedsim.Stop(updates=900), LAWS[law](), clients=clients)
+    run = schedule(strategy, fedsim.Stop(updates=600), LAWS[law](), clients=clients)
     assert_staleness_is_conserved(run, in_flight, 1)
 
 
@@ -131,14 +131,14 @@ def assert_round_length(run, mean_task, waited, asked):
     expected = mean_task * terms.sum()  # m (H_n - H_{n-k})
     error = mean_task * math.sqrt((terms**2).sum() / len(lengths))
     assert abs(lengths.mean() - expected) < 4 * error
-    assert error < 0.03 * expected  # else the bound says nothing
+    assert error < 0.05 * expected  # else the bound says nothing
     return lengths
 
 
 @pytest.mark.parametrize(("cohort", "clients"), [(1, 5), (8, 8), (12, 30)])
 def test_a_synchronous_round_of_exponential_tasks_lasts_the_mean_times_the_harmonic_number(cohort, clients):
     model = compute.Constant(mean=0.5, jitter=1.0, jitter_law="exponential")
-    rounds = 1200 if cohort == 1 else 300
+    rounds = 1000 if cohort == 1 else 200
     local = fedsim.LocalSGD(steps=3)
     run = schedule(FedAvg(local), fedsim.Stop(rounds=rounds), model, cohort=cohort, clients=clients)
     assert_round_length(run, 3 * 0.5, cohort, cohort)
@@ -148,7 +148,7 @@ def test_a_synchronous_round_of_exponential_tasks_lasts_the_mean_times_the_harmo
 def test_over_selection_waits_for_an_order_statistic(cohort, share, asked):
     model = compute.Constant(mean=1.0, jitter=1.0, jitter_law="exponential")
     strategy = FedAvg(ONE_STEP, over_selection=share)
-    run = schedule(strategy, fedsim.Stop(rounds=300), model, cohort=cohort, clients=20)
+    run = schedule(strategy, fedsim.Stop(rounds=200), model, cohort=cohort, clients=20)
     lengths = assert_round_length(run, 1.0, cohort, asked)
 
     # And exactly, from the compute model alone: the cohort-th shortest of those asked, each client's n-th task.
