@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class Context(ABC):
         lr: ``[n, 1]`` learning rates of this task.
         steps: ``[n]`` local steps of each client.
         active: ``[n, 1]`` who is still running in the current step.
-        all_active: whether that is everybody.
+        all_active: True promises that this is everybody, and spares the masking.
         clients: ``[n]`` client ids.
     """
 
@@ -51,7 +51,7 @@ class Context(ABC):
     lr: Tensor
     steps: NDArray[np.int64]
     active: Tensor
-    all_active: bool = True
+    all_active: bool = False
     clients: NDArray[np.int64]
 
     @abstractmethod
@@ -89,7 +89,7 @@ class LocalSGD:
         lr: learning rate.
         batch_size: examples in a mini-batch; None takes all of a client's data. The last batch of an epoch may
             be smaller.
-        epochs: passes over the client's data; a fraction is rounded up to whole steps.
+        epochs: passes over the client's data, one number or one per client; a fraction is rounded up to whole steps.
         steps: local steps instead of epochs, one number or one per client.
         momentum: heavy-ball coefficient.
         weight_decay: L2 coefficient.
@@ -101,7 +101,7 @@ class LocalSGD:
 
     lr: float = 0.1
     batch_size: int | None = 10
-    epochs: float = 1.0
+    epochs: float | list[float] = 1.0
     steps: int | list[int] | None = None
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -116,11 +116,14 @@ class LocalSGD:
     def __post_init__(self) -> None:
         self.lr = number("lr", self.lr, least=0)
         self.batch_size = optional_whole("batch_size", self.batch_size, least=1)
-        self.epochs = number("epochs", self.epochs, above=0)
-        if self.steps is not None:
-            counts = [self.steps] if isinstance(self.steps, (int, float, str)) else list(self.steps)
-            checked = [whole("steps", count, least=0) for count in counts]
-            self.steps = checked[0] if isinstance(self.steps, (int, float)) else checked
+        if _is_list(self.epochs):
+            self.epochs = [number("epochs", each, above=0) for each in self.epochs]
+        else:
+            self.epochs = number("epochs", self.epochs, above=0)
+        if _is_list(self.steps):
+            self.steps = [whole("steps", each) for each in self.steps]
+        else:
+            self.steps = optional_whole("steps", self.steps)
         self.momentum = number("momentum", self.momentum, least=0, below=1)
         self.weight_decay = number("weight_decay", self.weight_decay, least=0)
         self.clip = optional_number("clip", self.clip, above=0)
@@ -134,10 +137,11 @@ class LocalSGD:
         """Refuse settings that do not fit a population of ``clients``.
 
         Raises:
-            ConfigError: if ``steps`` is a list of another length.
+            ConfigError: if ``epochs`` or ``steps`` is a list of another length.
         """
-        if isinstance(self.steps, list) and len(self.steps) != clients:
-            raise ConfigError(f"local.steps: {len(self.steps)} numbers for {clients} clients; give one per client")
+        for key, value in (("epochs", self.epochs), ("steps", self.steps)):
+            if isinstance(value, list) and len(value) != clients:
+                raise ConfigError(f"local.{key}: {len(value)} numbers for {clients} clients; give one per client")
 
     def batches_per_epoch(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Mini-batches in one pass over ``samples [k]`` examples."""
@@ -148,11 +152,11 @@ class LocalSGD:
     def local_steps(self, clients: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """Local steps of each task, ``[k]``, from the clients' ids and sample counts; 0 without data."""
         if self.steps is not None:
-            chosen = np.asarray(self.steps, dtype=np.int64)
-            wanted = chosen[clients] if chosen.ndim else np.full(len(clients), chosen, dtype=np.int64)
+            wanted = _per_client(self.steps, clients).astype(np.int64)
         else:
             # 0.1 epochs of 30 batches are 3 steps: take off what the product is above a whole number by rounding.
-            wanted = np.ceil(self.epochs * self.batches_per_epoch(samples) - 1e-9).astype(np.int64)
+            passes = _per_client(self.epochs, clients)
+            wanted = np.maximum(np.ceil(passes * self.batches_per_epoch(samples) - 1e-9), 1).astype(np.int64)
         return np.where(samples > 0, wanted, 0)
 
     def examples(self, steps: NDArray[np.int64], samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -208,12 +212,25 @@ class LocalSGD:
         return {"model": x} if self.sends == "model" else {"delta": x - ctx.start}
 
     def replace(self: Rule, **changes: Any) -> Rule:
-        """A copy with other settings, checked anew."""
+        """A copy with other settings, checked anew.
+
+        Raises:
+            ConfigError: for a setting that there is not, or a wrong value.
+        """
         other = copy.copy(self)
         for name, value in changes.items():
+            if name not in vars(self):
+                raise ConfigError(f"{name}={value}: {type(self).__name__} has no such setting")
             setattr(other, name, value)
         other.__post_init__()
         return other
 
 
-Jobs = Mapping[str, LocalSGD]
+def _is_list(setting: Any) -> TypeGuard[Sequence[Any]]:
+    return hasattr(setting, "__len__") and not isinstance(setting, str)
+
+
+def _per_client(setting: float | list[float] | list[int], clients: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A setting of these clients, ``[k]``: the same for all, or looked up by id."""
+    values = np.asarray(setting, dtype=np.float64)
+    return values[clients] if values.ndim else np.full(len(clients), values)

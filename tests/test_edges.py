@@ -155,59 +155,43 @@ class Free(network.NoNetwork):
         return np.where(np.broadcast_to(nbytes, np.shape(clients)) == 4, to_ns(1.0), 0)
 
 
-def test_dispatches_of_one_instant_take_effect_together_after_the_last_publication():
+def test_dispatches_of_one_instant_take_effect_together_with_what_is_in_force_at_its_end():
     class Late(Hooks):
-        extra = 0.0
+        extra = 1.0
 
         def message(self, fed, task):
-            self.log.append((task.client, task.version, self.extra))
             return {"pull": torch.full((3,), self.extra, dtype=torch.float64)}
 
-    def settle(self, fed):
-        if fed.version == 1 and not fed.in_flight:
-            fed.dispatch(1, tag="first")
-            fed.dispatch(0, tag="second")
-            fed.publish(torch.full((3,), 5.0, dtype=torch.float64), used=self.kept)
-            self.extra = 7.0
-
-    def on_reply(self, fed, reply):
-        if fed.version == 0:
-            self.kept = [other for other in [reply] if reply.client != 0]
-            if reply.client == 0:
-                fed.publish(fed.model, used=[reply])
-        else:
-            self.log.append((reply.client, reply["delta"].tolist()))
-
-    def start(self, fed):
-        self.kept = []
-        fed.dispatch([0, 1])
-
-    class Pull(fedsim.LocalSGD):
+    class Sum(fedsim.LocalSGD):
         def finish(self, ctx, x):
             return {"delta": ctx.start + ctx.message["pull"]}
 
-    strategy = Late(Pull(steps=1), start=start, on_reply=lambda *_: None, settle=settle)
-    strategy.handlers["on_reply"] = lambda self, fed, reply: collect(self, fed, reply)
+    def on_reply(self, fed, reply):
+        self.log.append((reply.client, reply.task.tag, reply.task.version, reply["delta"].tolist()))
+        self.held.append(reply)
 
-    def collect(self, fed, reply):
-        if fed.round == 0:
-            self.held = reply  # client 0: kept for the publication after the dispatches
-        elif len(self.log) == 2:
-            fed.publish(fed.model, used=[reply])
-            self.kept = [self.held]
-        else:
-            self.log.append((reply.client, reply["delta"].tolist()))
+    def settle(self, fed):
+        if fed.now == 0:
+            fed.dispatch([0, 1])
+        elif fed.now == 1:
+            fed.dispatch(1, tag="first")
+            fed.publish(torch.full((3,), 5.0, dtype=torch.float64), used=self.held[:1])
+            fed.dispatch(0, tag="second")
+            fed.publish(torch.full((3,), 6.0, dtype=torch.float64), used=self.held[1:])
+            self.extra = 7.0
 
-    simulate(strategy, fedsim.Stop(updates=4), fedsim.Quadratic(dimension=3), clients=2, cohort=2)
-    # Both see version 2, the model of the last publication (5) and the message of the end of the instant (7).
+    strategy = Late(Sum(steps=1), on_reply=on_reply, settle=settle)
+    strategy.held = []
+    run = simulate(strategy, fedsim.Stop(updates=4), fedsim.Quadratic(dimension=3), clients=2, cohort=2)
     assert strategy.log == [
-        (0, 0, 0.0),
-        (1, 0, 0.0),
-        (1, 2, 7.0),
-        (0, 2, 7.0),
-        (0, [12.0] * 3),
-        (1, [12.0] * 3),
+        (0, None, 0, [1.0] * 3),
+        (1, None, 0, [1.0] * 3),
+        (0, "second", 2, [13.0] * 3),
+        (1, "first", 2, [13.0] * 3),
     ]
+    assert run.events.version.tolist() == [0, 0, 2, 2]
+    assert run.events.staleness.tolist()[:2] == [0, 1]
+    assert run.events.tag.tolist() == ["", "", "first", "second"]
 
 
 def test_stop_acts_at_the_end_of_the_instant():
@@ -279,7 +263,8 @@ def test_nobody_ever_online_is_an_error_that_says_so(kind):
         simulate(kind(ONE_STEP), fedsim.Stop(rounds=1), availability=Scripted(absent=range(4)), clients=4)
 
 
-def test_nobody_ever_online_slot_after_slot_is_an_error_too():
+def test_nobody_ever_online_slot_after_slot_is_an_error_too(monkeypatch):
+    monkeypatch.setattr("fedsim.simulation.engine.IDLE_CHANGES", 3000)  # 100,000 take a while
     with pytest.raises(fedsim.SimulationError, match=r"only presence has changed.*0 of 4 clients online"):
         simulate(FedAvg(ONE_STEP), fedsim.Stop(rounds=1), availability=availability.Bernoulli(p=0.0), clients=4)
 
@@ -314,9 +299,9 @@ def tiny(tmp_path, examples, clients):
     np.savez(
         tmp_path / "tiny.npz",
         x_train=rng.normal(size=(examples, 4)).astype(np.float32),
-        y_train=np.arange(examples) % 3,
+        y_train=np.arange(examples) % 2,
         x_test=rng.normal(size=(6, 4)).astype(np.float32),
-        y_test=np.arange(6) % 3,
+        y_test=np.arange(6) % 2,
     )
     return fedsim.Classification(NpzFile(str(tmp_path / "tiny.npz")), Logistic(), Iid(), validation=0.0)
 
@@ -405,9 +390,8 @@ def test_other_limits_end_the_run_with_the_instant_in_which_they_are_met():
 
 
 def test_everybody_always_dropping_out_is_an_error_that_says_so():
-    for kind in EVERY_STRATEGY:
-        with pytest.raises(fedsim.SimulationError, match=r"all lost \(dropped\)"):
-            simulate(kind(ONE_STEP), fedsim.Stop(rounds=1), faults=faults.Faults(1.0), clients=4, cohort=2)
+    with pytest.raises(fedsim.SimulationError, match=r"all lost \(dropped\): no client can ever finish"):
+        simulate(FedAvg(ONE_STEP), fedsim.Stop(rounds=1), faults=faults.Faults(1.0), clients=2, cohort=2)
 
 
 def test_asking_an_offline_client_again_and_again_is_an_error_that_says_so():
@@ -428,13 +412,13 @@ def test_time_that_stands_still_is_an_error(handler):
 
 
 def test_a_strategy_that_waits_for_nothing_is_named():
-    with pytest.raises(fedsim.SimulationError, match="nothing is left to happen at 0 s.*Hooks waits"):
+    with pytest.raises(fedsim.SimulationError, match=r"nothing is left to happen at 0 s.*Hooks waits"):
         simulate(Hooks(), fedsim.Stop(rounds=1))
 
 
 def test_a_timer_may_be_set_for_now_after_months_of_virtual_time():
-    # Past 2^51 ns (26 days) a time in seconds no longer gives back every nanosecond.
-    times = [3.0e6 + 1e-9 * nth * 977 for nth in range(200)]
+    # Past 2^52 ns (52 days) a time in seconds no longer gives back every nanosecond.
+    times = [8.0e6 + 1e-9 * nth * 977 for nth in range(200)]
 
     def on_timer(self, fed, timer):
         if timer.tag == "first":
@@ -445,10 +429,10 @@ def test_a_timer_may_be_set_for_now_after_months_of_virtual_time():
     def start(self, fed):
         for at in times:
             fed.timer(at, "first")
-        fed.timer(4.0e6, "last")
+        fed.timer(9.0e6, "last")
 
     strategy = Hooks(start=start, on_timer=on_timer)
-    simulate(strategy, fedsim.Stop(time_limit=3.9e6), clients=1)
+    simulate(strategy, fedsim.Stop(time_limit=8.5e6), clients=1)
     assert len(strategy.log) == len(times)
 
 
@@ -645,12 +629,9 @@ class Tidy(fedsim.Strategy):
             fed.dispatch(idle[:1], start=vector)
             fed.dispatch(idle[1:])
         self.spoil(vector, fed.model)
-        if not fed.in_flight:
-            return
         self.pull = torch.full((10,), 1.0 + fed.version, dtype=torch.float64)
-        # What is in force at take-effect is what is sent, so spoil it only when those tasks are off.
-        if fed.now > 0 and self.vandal:
-            fed.timer(fed.now + 1e-9, "spoil")
+        if self.vandal and len(idle):
+            fed.timer(fed.now + 1e-9, "spoil what has just been sent")
 
     def on_timer(self, fed, timer):
         self.sent = self.pull
@@ -677,7 +658,6 @@ class Vandal(Tidy):
 
 def test_a_strategy_that_writes_to_what_it_was_handed_changes_nothing():
     def run(strategy):
-        # Timers 1 ns after an instant make instants of their own but no dispatches: nobody is idle then.
         return simulate(
             strategy,
             fedsim.Stop(updates=60),

@@ -101,8 +101,10 @@ def test_fedprox_with_mu_zero_is_fedavg() -> None:
     assert not torch.equal(flat(runs[0]), flat(runs[2]))
 
 
-@pytest.mark.parametrize("staleness", ["constant", "polynomial", "hinge"])
-@pytest.mark.parametrize("clients", [1, 2, 5, 12])
+@pytest.mark.parametrize(
+    ("clients", "staleness"),
+    [(1, "constant"), (2, "constant"), (5, "constant"), (12, "constant"), (5, "polynomial"), (12, "hinge")],
+)
 def test_fedbuff_without_staleness_is_fedavg(clients: int, staleness: str) -> None:
     local = LocalSGD(lr=0.1, steps=4, momentum=0.9)
 
@@ -198,6 +200,76 @@ def test_fedasync_with_constant_staleness_forgets_at_rate_alpha() -> None:
     np.testing.assert_allclose(flat(run).numpy(), b - factor**9 * b, rtol=1e-12)
 
 
+LAWS = {
+    "constant": lambda late: 1.0,
+    "polynomial": lambda late: (late + 1.0) ** -0.5,
+    "hinge": lambda late: 1.0 if late <= 1 else 1.0 / (10 * (late - 1) + 1),
+}
+
+
+def stale_run(strategy: Strategy) -> tuple[Quadratic, pd.DataFrame, NDArray[np.float64]]:
+    """Four of eight unlike clients at work at a time: the bowls, the applied tasks as applied, the final model."""
+    problem = Quadratic(4)
+    run = simulate(strategy, problem, System(Lognormal()), stop=Stop(updates=40), clients=8, cohort=4, eval_every=0)
+    applied = run.events[run.events.outcome == "applied"].sort_values(["applied_version", "arrived", "client"])
+    assert applied.staleness.max() >= 3
+    return problem, applied, flat(run).numpy()
+
+
+def ended_at(problem: Quadratic, x: NDArray[np.float64], client: int, prox: float) -> NDArray[np.float64]:
+    """Three local steps of rate 0.3 by hand."""
+    y = x
+    for _ in range(3):
+        y = y - 0.3 * (problem.curvature[client] * (y - problem.centres[client]) + prox * (y - x))
+    return y
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_fedasync_mixes_by_staleness_as_its_paper_says(law: str) -> None:
+    strategy = FedAsync(LocalSGD(lr=0.3, steps=3), alpha=0.6, rho=0.1, staleness=law, staleness_a=10, staleness_b=1)
+    if law == "polynomial":
+        strategy = FedAsync(LocalSGD(lr=0.3, steps=3), alpha=0.6, rho=0.1)  # the default: a = 1/2
+    problem, applied, final = stale_run(strategy)
+    models = [np.zeros(4)]
+    for task in applied.itertuples():
+        assert task.applied_version == len(models) - 1
+        alpha = 0.6 * LAWS[law](task.staleness)
+        models.append((1 - alpha) * models[-1] + alpha * ended_at(problem, models[task.version], task.client, 0.1))
+    np.testing.assert_allclose(final, models[-1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_fedbuff_weighs_by_staleness_as_its_paper_says(law: str) -> None:
+    settings: dict[str, Any] = {"buffer_size": 2, "server_lr": 0.8}
+    if law != "polynomial":  # the default: a = 1/2
+        settings |= {"staleness": law, "staleness_a": 10, "staleness_b": 1}
+    problem, applied, final = stale_run(FedBuff(LocalSGD(lr=0.3, steps=3), **settings))
+    models = [np.zeros(4)]
+    for version, buffer in applied.groupby("applied_version"):
+        assert (version, len(buffer)) == (len(models) - 1, 2)
+        step = np.zeros(4)
+        for task in buffer.itertuples():
+            start = models[task.version]
+            step += LAWS[law](task.staleness) / 2 * (ended_at(problem, start, task.client, 0) - start)
+        models.append(models[-1] + 0.8 * step)
+    np.testing.assert_allclose(final, models[-1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("weighting", ["samples", "uniform"])
+def test_fedavg_weighs_its_cohort_as_its_paper_says(weighting: str) -> None:
+    problem = small()
+    local = LocalSGD(lr=0.125, batch_size=7)
+    run = simulate(FedAvg(local, weighting), problem, stop=Stop(rounds=1), clients=8, cohort=4)
+    cohort = run.events.client[:4].to_numpy()
+    held = problem.samples[cohort]
+    assert len(set(held)) > 1
+    weights = held / held.sum() if weighting == "samples" else np.full(4, 1 / 4)
+    start = problem.initial()
+    ends = [local_pass(problem, start, client, 0, 7, 0.125) for client in cohort]
+    expected = sum(weight * end.double() for weight, end in zip(weights, ends, strict=True))
+    torch.testing.assert_close(flat(run).double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_rate_of_a_task_is_that_of_the_round_it_begins_in() -> None:
     problem = Quadratic(4)
     local = LocalSGD(lr=0.4, lr_decay=0.5, steps=2)
@@ -210,7 +282,7 @@ def test_the_rate_of_a_task_is_that_of_the_round_it_begins_in() -> None:
 
 # ---- FedAvg's fixed point ------------------------------------------------------------------------
 
-STEPS = 4
+STEPS = 6
 
 
 def settled(lr: float, rounds: int) -> tuple[Quadratic, NDArray[np.float64]]:
@@ -223,15 +295,15 @@ def settled(lr: float, rounds: int) -> tuple[Quadratic, NDArray[np.float64]]:
 
 def test_fedavg_stops_at_its_biased_fixed_point_which_nears_the_optimum_with_the_rate() -> None:
     distance = {}
-    for lr, rounds in ((0.1, 130), (0.01, 1000)):
+    for lr, rounds in ((0.2, 60), (0.02, 400)):
         problem, x = settled(lr, rounds)
         weights = 1 - (1 - lr * problem.curvature) ** STEPS
         fixed = (weights * problem.centres).sum(axis=0) / weights.sum(axis=0)
         np.testing.assert_allclose(x, fixed, rtol=0, atol=1e-10)
         distance[lr] = float(((x - problem.optimum) ** 2).sum())
     # The bias is of first order in the rate, its square of second: 100 for a tenth, up to higher orders.
-    assert distance[0.1] > 1e-3
-    assert 80 < distance[0.1] / distance[0.01] < 120
+    assert distance[0.2] > 1e-3
+    assert 80 < distance[0.2] / distance[0.02] < 120
 
 
 def test_one_local_step_has_no_bias() -> None:
@@ -345,8 +417,7 @@ def test_an_observer_does_not_show_and_global_generators_neither_matter_nor_move
 # ---- every strategy meets the same devices -------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fedasync", "fedbuff"])
-def test_the_strategy_changes_no_client(name: str) -> None:
+def test_the_strategy_changes_no_client() -> None:
     def clients(name: str) -> pd.DataFrame:
         run = simulate(strategies(LOCAL)[name], small(), field(), stop=Stop(rounds=3), clients=8, cohort=3)
         return run.clients.drop(columns=["tasks", "applied"])
@@ -354,7 +425,8 @@ def test_the_strategy_changes_no_client(name: str) -> None:
     expected = clients("fedavg")
     fixed = ["seconds_per_step", "down_bytes_per_second", "up_bytes_per_second", "samples", "class_0"]
     assert expected[fixed].nunique().min() > 1
-    pd.testing.assert_frame_equal(clients(name), expected)
+    for name in ("fedasync", "fedbuff"):
+        pd.testing.assert_frame_equal(clients(name), expected)
 
 
 def presence(strategy: Strategy) -> list[tuple[int, bytes]]:
@@ -382,7 +454,7 @@ def test_the_strategy_changes_nobodys_presence() -> None:
 def fates(strategy: Strategy) -> dict[tuple[int, int], int | str]:
     """Of each client's n-th task: how long it computed (ns), or that it was lost."""
     system = System(Lognormal(jitter=0.5), LognormalNetwork(), faults=Faults(0.3, "during"))
-    problem, stop = ScheduleOnly(), Stop(updates=400)
+    problem, stop = ScheduleOnly(), Stop(updates=300)
     events = simulate(strategy, problem, system, stop=stop, clients=12, cohort=4, eval_every=0).events
     nth = events.groupby("client").cumcount()
     spans = (events.computed - events.started) * 1e9
@@ -393,11 +465,12 @@ def fates(strategy: Strategy) -> dict[tuple[int, int], int | str]:
     }
 
 
-@pytest.mark.parametrize("name", ["fedasync", "fedbuff"])
-def test_the_strategy_changes_no_task_of_a_client(name: str) -> None:
-    expected, met = fates(FedAvg(LocalSGD(steps=1))), fates(strategies(LocalSGD(steps=1))[name])
-    common = expected.keys() & met.keys()
-    assert len(common) > 200
-    assert sum(expected[each] == "dropped" for each in common) > 20
-    assert len({expected[each] for each in common}) > 100
-    assert {each: met[each] for each in common} == {each: expected[each] for each in common}
+def test_the_strategy_changes_no_task_of_a_client() -> None:
+    met = {name: fates(strategy) for name, strategy in strategies(LocalSGD(steps=1)).items()}
+    expected = met.pop("fedavg")
+    for other in met.values():
+        common = expected.keys() & other.keys()
+        assert len(common) > 150
+        assert sum(expected[each] == "dropped" for each in common) > 20
+        assert len({expected[each] for each in common}) > 100
+        assert {each: other[each] for each in common} == {each: expected[each] for each in common}

@@ -111,7 +111,8 @@ def test_a_million_tasks_have_a_million_keys() -> None:
 def test_draws_do_not_depend_on_the_hash_seed() -> None:
     code = (
         "from fedsim.rng import Randomness; r = Randomness(5);"
-        "print(r('speed', 3).words(3).tolist(), r('x', 1, 2).permutation(9).tolist(), r('g').generator().random(), sep=';')"
+        "print(r('speed', 3).words(3).tolist(), r('x', 1, 2).permutation(9).tolist(), sep=';', end=';');"
+        "print(r('g').generator().random())"
     )
     other = "1" if os.environ.get("PYTHONHASHSEED") == "0" else "0"
     environment = {**os.environ, "PYTHONHASHSEED": other}

@@ -26,6 +26,8 @@ class Problem(ABC):
     """``[clients]``: how many training examples each client holds."""
     layout: Layout
     """How a flat parameter vector is made up."""
+    trains: bool = True
+    """False if there is nothing to train: local steps then take virtual time only."""
     target_metric: tuple[str, str] | None = None
     """The metric ``target`` is compared with, and ``"above"`` or ``"below"``; None if there is none."""
 

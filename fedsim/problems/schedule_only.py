@@ -23,6 +23,8 @@ class ScheduleOnly(Problem):
         ConfigError: for arguments out of range.
     """
 
+    trains = False
+
     def __init__(self, parameters: int = 100_000, samples: int = 60) -> None:
         self.parameters = whole("parameters", parameters, least=1)
         self.samples_each = whole("samples", samples, least=1)

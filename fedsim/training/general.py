@@ -26,6 +26,7 @@ class SingleContext(Context):
         self.lr = torch.full((1, 1), work.lr, dtype=self.start.dtype)
         self.steps = np.array([work.steps])
         self.active = torch.ones((1, 1), dtype=torch.bool)
+        self.all_active = True
         self.clients = np.array([work.client])
         self.step = -1
         self._work = work
@@ -39,7 +40,7 @@ class SingleContext(Context):
         size = samples if self._batch_size is None else self._batch_size
         per_epoch = -(-samples // size) if samples else 0
         order = torch.empty(0, dtype=torch.int64)
-        for step in range(work.steps if samples else 0):
+        for step in range(work.steps if samples and self._problem.trains else 0):
             epoch, position = divmod(step, per_epoch)
             if position == 0:
                 key = self._randomness("batches", work.client, work.nth, epoch)
@@ -80,9 +81,19 @@ class GeneralTrainer(Trainer):
                 f"{type(rule).__name__} raised {type(error).__name__}: {error} "
                 f"(client {work.client}, task {work.task}, job '{work.job}', local step {context.step + 1})"
             ) from error
+        taken: set[int] = set()
         return Result(
-            payload={name: tensor[0].detach() for name, tensor in payload.items()},
-            state={name: tensor[0].detach() for name, tensor in context.state.items()},
+            payload={name: _own(tensor[0].detach(), taken) for name, tensor in payload.items()},
+            state={name: _own(tensor[0].detach(), taken) for name, tensor in context.state.items()},
             steps=int(context.steps[0]),
             group=group,
         )
+
+
+def _own(tensor: Tensor, taken: set[int]) -> Tensor:
+    """The tensor, copied if another one of the same result lies in its memory."""
+    memory = tensor.untyped_storage().data_ptr()
+    if memory in taken:
+        return tensor.clone()
+    taken.add(memory)
+    return tensor
