@@ -425,9 +425,14 @@ def test_a_timer_may_be_set_for_now_after_months_of_virtual_time():
         fed.timer(fed.now, reply.client)
         apply(self, fed, reply)
 
-    strategy = Hooks(start=lambda self, fed: fed.dispatch(range(200)), on_reply=on_reply, on_timer=on_timer)
-    run = simulate(strategy, fedsim.Stop(updates=200), compute=compute.Uniform(8.0e6, 9.0e6), clients=200)
-    assert strategy.log == run.events.sort_values("arrived").client.tolist()
+    def settle(self, fed):
+        if len(fed.idle()):
+            fed.dispatch(fed.idle())
+
+    strategy = Hooks(settle=settle, on_reply=on_reply, on_timer=on_timer)
+    run = simulate(strategy, fedsim.Stop(updates=300), compute=compute.Uniform(4.0e6, 4.1e6), clients=100)
+    assert run.summary["time"] > 1.2e7
+    assert strategy.log == run.events[run.events.outcome == "applied"].sort_values("arrived").client.tolist()
 
 
 # ---- mistakes of a strategy ----------------------------------------------------------------------
