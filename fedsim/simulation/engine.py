@@ -148,10 +148,10 @@ class Simulation(Federation):
 
     def timer(self, at: float, tag: Any = None) -> None:
         """Schedule ``on_timer``."""
-        due = to_ns(at)
-        if due < self.kernel.now:
+        if at < self.now:
             raise ValueError(f"timer at {at} s: it is already {self.now} s")
-        self.kernel.schedule(due, Phase.TIMER, ("timer", Timer(at, tag)))
+        # After months of virtual time seconds as floats are coarser than nanoseconds: now must stay now.
+        self.kernel.schedule(max(to_ns(at), self.kernel.now), Phase.TIMER, ("timer", Timer(at, tag)))
 
     def publish(self, vector: Tensor, used: Iterable[Reply]) -> None:
         """A new model, the outcomes of the tasks it was made from, and their clients' states."""
@@ -160,14 +160,15 @@ class Simulation(Federation):
             return
         if tuple(vector.shape) != (self.layout.size,):
             raise ValueError(f"published a vector of shape {tuple(vector.shape)}, needs [{self.layout.size}]")
-        if not all_finite(vector):
+        model = vector.detach().to(self.layout.dtype, copy=True)
+        if not all_finite(model):
             raise SimulationError(
                 f"{type(self.strategy).__name__} published a model with non-finite values "
                 f"at {self.now:.6g} s, version {self._version}: lower the learning rates"
             )
         for reply in replies:
             self.tasks.accept(reply, self._version)
-        self.current = vector.detach().to(self.layout.dtype).clone()
+        self.current = model
         self._version += 1
 
     def reject(self, reply: Reply, why: str) -> None:

@@ -24,6 +24,9 @@ from fedsim.wire import message_bytes
 if TYPE_CHECKING:
     from fedsim.simulation.engine import Simulation
 
+Copies = dict[tuple[int, int], tuple[Tensor, Tensor]]
+"""A tensor and its copy, by the tensor's identity and version."""
+
 
 class Lifecycle:
     """All tasks of a run whose outcome is open, and the log of the others."""
@@ -104,7 +107,7 @@ class Lifecycle:
         batch = [task for task in batch if task.status is Status.REQUESTED]
         if not batch:
             return
-        copies: dict[int, tuple[Tensor, Tensor]] = {}
+        copies: Copies = {}
         for job in dict.fromkeys(task.job for task in batch):
             self._prepare([task for task in batch if task.job == job], sim.strategy.jobs[job], copies)
         plan(batch, sim.system, sim.kernel.now)
@@ -115,7 +118,7 @@ class Lifecycle:
             elif task.result is None:
                 self._waiting[task.id] = task
 
-    def _prepare(self, tasks: list[LiveTask], rule: LocalSGD, copies: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def _prepare(self, tasks: list[LiveTask], rule: LocalSGD, copies: Copies) -> None:
         """Count steps and bytes and take the snapshot the tasks will be trained from."""
         sim = self.sim
         clients = np.array([task.client for task in tasks])
@@ -274,15 +277,16 @@ class Lifecycle:
         """Clients have left: their tasks go on, are lost or stand still, as the faults model says."""
         for client in clients.tolist() if self._on_offline != "finish" else ():
             task = self.of_client.get(client)
-            if task is None or task.status is not Status.RUNNING:
+            now = self.sim.kernel.now
+            at_work = task is not None and task.status is Status.RUNNING and (task.ended is None or task.ended > now)
+            if task is None or not at_work:  # a task that has dropped out is over, whether noticed or not
                 continue
             if self._on_offline == "lose":
-                if task.ended is None or task.ended > self.sim.kernel.now:
-                    self._cut(task, "interrupted", self.sim.kernel.now)
+                self._cut(task, "interrupted", now)
             elif task.handle is not None:
                 self.sim.kernel.cancel(task.handle)
                 task.handle = None
-                task.paused_at = self.sim.kernel.now
+                task.paused_at = now
 
     def came_online(self, clients: NDArray[np.int64]) -> None:
         """Clients are back: what stood still goes on where it was."""
@@ -351,8 +355,12 @@ class Lifecycle:
         return self._states[client]
 
 
-def _snapshot(tensor: Tensor, copies: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
-    """A copy that later changes by the strategy cannot reach; tasks of one batch share it."""
-    if id(tensor) not in copies:
-        copies[id(tensor)] = (tensor, tensor.detach().clone())
-    return copies[id(tensor)][1]
+def _snapshot(tensor: Tensor, copies: Copies) -> Tensor:
+    """A copy that later changes by the strategy cannot reach; tasks of one batch share it.
+
+    A buffer filled anew for every task is one tensor at several versions, and each of them is kept.
+    """
+    key = (id(tensor), tensor._version)
+    if key not in copies:
+        copies[key] = (tensor, tensor.detach().clone())
+    return copies[key][1]
