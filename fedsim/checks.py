@@ -20,6 +20,18 @@ class SimulationError(FedsimError, RuntimeError):
     """A run cannot go on: nothing left to happen, a livelock, client code that raised."""
 
 
+class TaskError(SimulationError):
+    """A client's local code raised.
+
+    Args:
+        task: the task's id.
+    """
+
+    def __init__(self, text: str, task: int) -> None:
+        super().__init__(text)
+        self.task = task
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A sentence such as ``did you mean 'fedavg'?`` or the list of what is allowed."""
     names = sorted(str(each) for each in allowed)

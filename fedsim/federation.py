@@ -172,7 +172,8 @@ class Federation(ABC):
         states are committed, and ``version`` grows by one. With nothing used nothing happens.
 
         Raises:
-            ValueError: for a vector of another shape or with non-finite items, or a reply already used or rejected.
+            ValueError: for a vector of another shape, or a reply already used or rejected.
+            SimulationError: for a vector with non-finite items.
         """
 
     @abstractmethod

@@ -106,8 +106,9 @@ class Log:
         """Rows ``first .. last - 1`` as an arrow table; all of them must be closed."""
         import pyarrow as pa
 
-        rows = self.rows[first:last]
-        columns = list(zip(*rows, strict=True)) if rows else [()] * len(self.columns)
+        width = len(self.columns)  # a column may have come after a row
+        rows = [(*row, *[None] * (width - len(row))) for row in self.rows[first:last] if row is not None]
+        columns = list(zip(*rows, strict=True)) if rows else [()] * width
         types = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
         arrays = [
             pa.array(column, type=types[kind]) for column, kind in zip(columns, self.columns.values(), strict=True)
@@ -187,15 +188,23 @@ class RunDirectory:
         os.replace(draft, folder / f"part-{part:06d}.parquet")
         self._written[name], self._parts[name] = last, part + 1
 
+    def write_log(self, name: str, log: Log) -> None:
+        """Write a whole log as a table of one part, in place of what was there."""
+        self._replace(name, log.table())
+
     def write_table(self, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Write a whole table of one part."""
+        """Write columns as a table of one part."""
         import pyarrow as pa
+
+        self._replace(name, pa.table({key: np.asarray(values) for key, values in columns.items()}))
+
+    def _replace(self, name: str, table: pa.Table) -> None:
         import pyarrow.parquet as pq
 
         folder = self.path / f"{name}.parquet"
         folder.mkdir(exist_ok=True)
         draft = folder / ".part-000000.draft"
-        pq.write_table(pa.table({key: np.asarray(values) for key, values in columns.items()}), draft)
+        pq.write_table(table, draft)
         os.replace(draft, folder / "part-000000.parquet")
 
 

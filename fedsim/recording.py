@@ -89,7 +89,7 @@ class Recording:
 
     def _flush(self, sim: Simulation) -> None:
         assert self.directory is not None
-        self.directory.flush("metrics", sim.evaluation.log)
+        self.directory.write_log("metrics", sim.evaluation.log)  # short, and a view may add a column late
         self.directory.flush("events", sim.tasks.log)
         if sim.links.log.rows:
             self.directory.flush("links", sim.links.log)
@@ -97,6 +97,7 @@ class Recording:
 
     def fail(self, sim: Simulation, error: BaseException) -> None:
         """Keep what there is of a run that could not go on."""
+        sim.close(getattr(error, "task", None))
         if self.directory is not None:
             self._flush(sim)
             logger.error("run failed at %.6g s: %s: %s", sim.now, type(error).__name__, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support import Given, Scripted
 
 import fedsim
 from fedsim.data import Iid, NpzFile
@@ -17,39 +18,6 @@ from fedsim.system import availability, compute, faults, network
 
 ONE_STEP = fedsim.LocalSGD(steps=1)
 EVERY_STRATEGY = [FedAvg, FedAsync, FedBuff]
-
-
-class Scripted(availability.Availability):
-    """Presence by a script of (seconds, client, online)."""
-
-    def __init__(self, *script, absent=()):
-        self.script, self.absent = sorted(script), list(absent)
-
-    def prepare(self, clients, randomness):
-        self._online = np.ones(clients, dtype=np.bool_)
-        self._online[self.absent] = False
-        self.left = [(to_ns(at), client, online) for at, client, online in self.script]
-
-    def next_change(self):
-        return self.left[0][0] if self.left else None
-
-    def advance(self, now):
-        before = self._online.copy()
-        while self.left and self.left[0][0] <= now:
-            _, client, online = self.left.pop(0)
-            self._online[client] = online
-        return np.flatnonzero(self._online & ~before), np.flatnonzero(before & ~self._online)
-
-
-class Given(compute.Compute):
-    """Seconds per step as listed."""
-
-    def __init__(self, *seconds):
-        super().__init__()
-        self.seconds = seconds
-
-    def _speeds(self, clients, draw):
-        return np.array(self.seconds, dtype=np.float64)
 
 
 class Hooks(fedsim.Strategy):

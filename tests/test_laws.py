@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from support import Scripted
 
 import fedsim
-from fedsim.kernel import NS, to_ns
+from fedsim.kernel import NS
 from fedsim.rng import Randomness
 from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
@@ -24,27 +25,6 @@ LAWS = {
     "exponential": lambda: compute.Constant(mean=1.0, jitter=1.0, jitter_law="exponential"),
     "unequal": lambda: compute.Uniform(low=0.5, high=2.0),
 }
-
-
-class Scripted(availability.Availability):
-    """Presence by a script of (seconds, client, online)."""
-
-    def __init__(self, *script):
-        self.script = sorted(script)
-
-    def prepare(self, clients, randomness):
-        self._online = np.ones(clients, dtype=np.bool_)
-        self.left = [(to_ns(at), client, online) for at, client, online in self.script]
-
-    def next_change(self):
-        return self.left[0][0] if self.left else None
-
-    def advance(self, now):
-        before = self._online.copy()
-        while self.left and self.left[0][0] <= now:
-            _, client, online = self.left.pop(0)
-            self._online[client] = online
-        return np.flatnonzero(self._online & ~before), np.flatnonzero(before & ~self._online)
 
 
 def schedule(strategy, stop, compute_model=None, **more):

@@ -34,7 +34,7 @@ from fedsim.vectors import all_finite
 logger = logging.getLogger("fedsim")
 
 LOGGED_WARNINGS = 10
-IDLE_CHANGES = 100_000
+IDLE_CHANGES = 20_000
 """After so many presence changes during which nothing else happened a run is taken to be stuck."""
 
 
@@ -220,10 +220,15 @@ class Simulation(Federation):
                 self._advance()
                 for observer in observers:
                     observer(self)
-            self.tasks.close()
+            self.close()
             self.evaluation.final()
         finally:
             self.pool.close()
+
+    def close(self, failed: int | None = None) -> None:
+        """Decide what is still open: ``pending``, and ``failed`` for the task that ended the run."""
+        self.tasks.close(failed)
+        self.links.close()
 
     def _begin(self) -> None:
         self.strategy.start(self)
@@ -314,7 +319,7 @@ class Simulation(Federation):
     def bytes_moved(self) -> tuple[int, int]:
         """Bytes so far, down and up; what peers send counts as up."""
         down, up = self.tasks.bytes_moved()
-        return down, up + self.links.bytes_sent
+        return down, up + self.links.bytes_moved()
 
     def warn(self, text: str, kind: str) -> None:
         """Tell the user, the first few times of each kind."""

@@ -154,7 +154,9 @@ class Lifecycle:
         if task.ended is None:
             task.handle = kernel.schedule(task.arrived, Phase.ARRIVAL, ("arrive", task), task.client, task.id)
         else:
-            seen = max(task.ended, kernel.now) + self.sim.system.faults.detect_ns
+            # The server cannot even reach who is offline, so that loss is noticed at once.
+            delay = 0 if task.why == "offline" else self.sim.system.faults.detect_ns
+            seen = max(task.ended, kernel.now) + delay
             task.handle = kernel.schedule(seen, Phase.LOSS, ("lose", task), task.client, task.id)
         if task.deadline is not None and task.deadline_handle is None:
             at = max(task.deadline, kernel.now + 1)
@@ -328,10 +330,10 @@ class Lifecycle:
         task.result = None
         del self._open[task.id]
 
-    def close(self) -> None:
-        """The run is over: whatever is still open is pending."""
+    def close(self, failed: int | None) -> None:
+        """The run is over: whatever is still open is pending, or failed if it is the task that ended the run."""
         for task in list(self._open.values()):
-            self._decide(task, "pending")
+            self._decide(task, "failed" if task.id == failed else "pending")
 
     def bytes_moved(self) -> tuple[int, int]:
         """All bytes moved so far, down and up, parts of running transfers included."""

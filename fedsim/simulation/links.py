@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedsim.simulation.engine import Simulation
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Letter:
     """A message under way."""
 
@@ -32,22 +32,32 @@ class Letter:
     sent: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Gossip:
-    """A gossip step under way."""
+    """A gossip step under way: ``nbytes`` along each directed edge ``src[e] -> dst[e]``, there at ``due[e]``."""
 
     vectors: Tensor
     mixing_matrix: Tensor
     tag: Any
+    src: NDArray[np.int64]
+    dst: NDArray[np.int64]
+    due: NDArray[np.int64]
+    nbytes: int
+    sent: int
 
 
 class Links:
-    """What travels between nodes, and its log. Bytes are counted when a message is sent."""
+    """What travels between nodes, and its log."""
 
     def __init__(self, sim: Simulation) -> None:
         self.sim = sim
         self.log = Log(LINK_COLUMNS)
-        self.bytes_sent = 0
+        self._bytes_done = 0
+        self._letters: dict[int, Letter] = {}
+        self._gossip: dict[int, Gossip] = {}
+        """What is under way, by identity, in the order it was sent."""
+
+    # ---- single messages -------------------------------------------------------------------------
 
     def send(self, src: int, dst: int, tag: Any, tensors: dict[str, Tensor]) -> None:
         """``Federation.send``."""
@@ -59,28 +69,43 @@ class Links:
             raise ValueError(f"node {src} cannot send to itself")
         payload = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         specs = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in payload.values()]
-        nbytes = message_bytes(specs, sim.layout)
-        due = sim.kernel.now + max(1, self._travel(src, dst, nbytes))
-        self.bytes_sent += nbytes
-        letter = Letter(src, dst, tag, payload, nbytes, sim.kernel.now)
+        letter = Letter(src, dst, tag, payload, message_bytes(specs, sim.layout), sim.kernel.now)
+        due = sim.kernel.now + max(1, self._travel(letter))
+        self._letters[id(letter)] = letter
         sim.kernel.schedule(due, Phase.MESSAGE, ("message", letter), dst, src)
 
-    def _travel(self, src: int, dst: int, nbytes: int) -> int:
-        network = self.sim.system.network
-        if src == SERVER:
-            return int(network.down(np.array([dst]), nbytes)[0])
-        if dst == SERVER:
-            return int(network.up(np.array([src]), nbytes)[0])
-        return int(network.link(np.array([src]), np.array([dst]), nbytes)[0])
+    def _travel(self, letter: Letter) -> int:
+        network, src, dst = self.sim.system.network, np.array([letter.src]), np.array([letter.dst])
+        if letter.src == SERVER:
+            return int(network.down(dst, letter.nbytes)[0])
+        if letter.dst == SERVER:
+            return int(network.up(src, letter.nbytes)[0])
+        return int(network.link(src, dst, letter.nbytes)[0])
+
+    def _moved(self, letter: Letter) -> int:
+        network, src, dst = self.sim.system.network, np.array([letter.src]), np.array([letter.dst])
+        elapsed = np.array([self.sim.kernel.now - letter.sent])
+        if letter.src == SERVER:
+            return int(network.moved_down(dst, letter.nbytes, elapsed)[0])
+        if letter.dst == SERVER:
+            return int(network.moved_up(src, letter.nbytes, elapsed)[0])
+        return int(network.moved_link(src, dst, letter.nbytes, elapsed)[0])
 
     def deliver(self, letter: Letter) -> None:
         """Hand a message over, unless its receiver is offline."""
         sim = self.sim
         there = letter.dst == SERVER or bool(sim.system.availability.online[letter.dst])
-        arrived = sim.now if there else None
-        self.log.append((letter.src, letter.dst, letter.sent / NS, arrived, letter.nbytes, _text(letter.tag)))
+        self._end(letter, sim.now if there else None)
         if there:
             sim.strategy.on_message(sim, letter.src, letter.dst, letter.payload, letter.tag)
+
+    def _end(self, letter: Letter, arrived: float | None) -> None:
+        moved = self._moved(letter)
+        self._bytes_done += moved
+        self.log.append((letter.src, letter.dst, letter.sent / NS, arrived, moved, _text(letter.tag)))
+        del self._letters[id(letter)]
+
+    # ---- gossip ----------------------------------------------------------------------------------
 
     def exchange(self, vectors: Tensor, mixing_matrix: Tensor, tag: Any) -> None:
         """``Federation.exchange``: nodes that are offline keep their vector, and their neighbours do without them."""
@@ -94,20 +119,43 @@ class Links:
         weights = _among_online(mixing_matrix.detach().to(sim.layout.dtype), sim.system.availability.online)
         dst, src = (edge.numpy() for edge in torch.nonzero(weights, as_tuple=True))
         dst, src = dst[dst != src], src[dst != src]
-        nbytes = sim.layout.nbytes
-        now = sim.kernel.now
+        nbytes, now = sim.layout.nbytes, sim.kernel.now
         due = now + np.maximum(1, sim.system.network.link(src, dst, nbytes))
-        end = int(due.max(initial=now + 1))
-        self.bytes_sent += nbytes * len(src)
-        for one_src, one_dst, one_due in zip(src.tolist(), dst.tolist(), due.tolist(), strict=True):
-            self.log.append((one_src, one_dst, now / NS, one_due / NS, nbytes, _text(tag)))
-        gossip = Gossip(vectors.detach().to(sim.layout.dtype).clone(), weights, tag)
-        sim.kernel.schedule(end, Phase.MESSAGE, ("exchange", gossip))
+        kept = vectors.detach().to(sim.layout.dtype, copy=True)
+        gossip = Gossip(kept, weights, tag, src, dst, due, nbytes, now)
+        self._gossip[id(gossip)] = gossip
+        sim.kernel.schedule(int(due.max(initial=now + 1)), Phase.MESSAGE, ("exchange", gossip))
 
     def deliver_exchange(self, gossip: Gossip) -> None:
         """Mix and hand over."""
-        mixed = gossip.mixing_matrix @ gossip.vectors
-        self.sim.strategy.on_exchange(self.sim, mixed, gossip.tag)
+        self._end_exchange(gossip)
+        self.sim.strategy.on_exchange(self.sim, gossip.mixing_matrix @ gossip.vectors, gossip.tag)
+
+    def _end_exchange(self, gossip: Gossip) -> None:
+        now, moved, sent, tag = self.sim.kernel.now, self._moved_exchange(gossip), gossip.sent / NS, _text(gossip.tag)
+        self._bytes_done += int(moved.sum())
+        edges = zip(gossip.src.tolist(), gossip.dst.tolist(), gossip.due.tolist(), moved.tolist(), strict=True)
+        for src, dst, due, nbytes in edges:
+            self.log.append((src, dst, sent, due / NS if due <= now else None, nbytes, tag))
+        del self._gossip[id(gossip)]
+
+    def _moved_exchange(self, gossip: Gossip) -> NDArray[np.int64]:
+        elapsed = np.full(len(gossip.src), self.sim.kernel.now - gossip.sent)
+        return self.sim.system.network.moved_link(gossip.src, gossip.dst, gossip.nbytes, elapsed)
+
+    # ---- the ledger ------------------------------------------------------------------------------
+
+    def bytes_moved(self) -> int:
+        """Bytes that have travelled between nodes so far, parts of what is under way included."""
+        letters = sum(self._moved(letter) for letter in self._letters.values())
+        return self._bytes_done + letters + sum(int(self._moved_exchange(each).sum()) for each in self._gossip.values())
+
+    def close(self) -> None:
+        """The run is over: what is under way never arrives."""
+        for letter in list(self._letters.values()):
+            self._end(letter, None)
+        for gossip in list(self._gossip.values()):
+            self._end_exchange(gossip)
 
 
 def _among_online(mixing_matrix: Tensor, online: NDArray[np.bool_]) -> Tensor:

@@ -106,7 +106,10 @@ class LiveTask:
     def row(self, now: int, outcome: str, applied_version: int | None, moved: tuple[int, int]) -> tuple[Any, ...]:
         """Its row in ``events``; times it never came to are missing."""
         last = -1 if self.status is Status.REQUESTED else self.seen_until(now)
-        times = [at / NS if at <= last else None for at in (self.started, self.computed, self.upload_started)]
+        times = [at / NS if at <= last else None for at in (self.started, self.computed)]
+        # A client lost in the moment its work was done has not begun to send.
+        sending = self.upload_started < last if self.ended is not None else self.upload_started <= last
+        times.append(self.upload_started / NS if sending else None)
         arrived = self.arrived / NS if self.ended is None and self.arrived <= last else None
         staleness = None if applied_version is None else applied_version - self.version
         tag = "" if self.tag is None else str(self.tag)

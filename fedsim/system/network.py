@@ -72,6 +72,11 @@ class Network(ABC):
         """Bytes of an upload that are across ``elapsed`` ns after it began, as :meth:`moved_down`: int64 ``[k]``."""
         return self._moved(nbytes, elapsed, self.up_bytes_per_second[clients])
 
+    def moved_link(self, src: Ids, dst: Ids, nbytes: Bytes, elapsed: Nanoseconds) -> NDArray[np.int64]:
+        """Bytes of a message between peers that are across ``elapsed`` ns after it was sent, as :meth:`moved_down`."""
+        slower = np.minimum(self.up_bytes_per_second[src], self.down_bytes_per_second[dst])
+        return self._moved(nbytes, elapsed, slower)
+
     def _moved(self, nbytes: Bytes, elapsed: Nanoseconds, rates: NDArray[np.float64]) -> NDArray[np.int64]:
         whole = _transfer(nbytes, rates)
         sent = np.clip(np.asarray(elapsed, dtype=np.int64) - self._latency_ns, 0, whole)

@@ -44,5 +44,5 @@ class Trainer(ABC):
         """The results of a group, in its order.
 
         Raises:
-            SimulationError: if client code raised; names client, task and step.
+            TaskError: if client code raised; names client, task and step.
         """

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.checks import SimulationError
+from fedsim.checks import TaskError
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
@@ -77,9 +77,10 @@ class GeneralTrainer(Trainer):
         try:
             payload = rule.run(context)
         except Exception as error:
-            raise SimulationError(
+            raise TaskError(
                 f"{type(rule).__name__} raised {type(error).__name__}: {error} "
-                f"(client {work.client}, task {work.task}, job '{work.job}', local step {context.step + 1})"
+                f"(client {work.client}, task {work.task}, job '{work.job}', local step {context.step + 1})",
+                work.task,
             ) from error
         taken: set[int] = set()
         return Result(
