@@ -22,6 +22,8 @@ Observer = Callable[[Simulation], None]
 
 __all__ = ["Run", "simulate"]
 
+MOST_CLIENTS = 10**8
+
 
 def simulate(
     strategy: Strategy,
@@ -34,7 +36,7 @@ def simulate(
     clients: int = 100,
     cohort: int = 10,
     eval_every: int = 1,
-    out: str | Path | None = None,
+    out: str | Path | Callable[[], Path] | None = None,
     overwrite: bool = False,
     config: Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
@@ -52,7 +54,7 @@ def simulate(
         clients: how many clients there are.
         cohort: results that make a round, at most ``clients`` (more are cut down to it).
         eval_every: rounds between evaluations; 0 never evaluates.
-        out: directory to write the records to; nothing is written unless given.
+        out: directory to write the records to, or a function that makes one; nothing is written unless given.
         overwrite: replace a run in ``out``.
         config: what to write as ``config.yaml``; what can be said of the arguments unless given.
         labels: names of the parts for the manifest, such as ``{"strategy": "fedavg"}``; class names unless given.
@@ -93,9 +95,11 @@ def _assemble(
 ) -> Simulation:
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy={strategy!r}: must be a fedsim.Strategy object")
-    whole("clients", clients, least=1)
-    whole("cohort", cohort, least=1)
-    whole("eval_every", eval_every)
+    if strategy.__dict__.setdefault("_served", False):
+        raise ConfigError("strategy: this object has served a run already and holds its state; make a new one")
+    clients = whole("clients", clients, least=1, most=MOST_CLIENTS)
+    cohort = whole("cohort", cohort, least=1)
+    eval_every = whole("eval_every", eval_every)
     randomness = Randomness(whole("seed", seed))
     problem.prepare(clients, randomness)
     system.prepare(clients, randomness)
@@ -103,6 +107,7 @@ def _assemble(
         rule.check(clients)
     if stop.target is not None:
         check_target(problem, stop.target, eval_every)
+    strategy.__dict__["_served"] = True
     return Simulation(strategy, problem, system, pool, stop, randomness, min(cohort, clients), eval_every)
 
 

@@ -7,13 +7,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedsim.app import Observer, check_target, simulate
+from fedsim.app import MOST_CLIENTS, Observer, check_target, simulate
 from fedsim.checks import ConfigError, flag, nearest, whole
 from fedsim.config import GROUPS, PARTS, build
 from fedsim.pool import Pool
 from fedsim.problems.base import Problem
 from fedsim.record import check_free
 from fedsim.recording import Run
+from fedsim.rng import Randomness
 from fedsim.simulation import Stop
 from fedsim.strategy import Strategy
 from fedsim.system import System
@@ -53,10 +54,10 @@ class Assembly:
         for key in (*RUN_KEYS, *PARTS, "pool"):
             if key not in config:
                 raise ConfigError(f"{key}: must be given")
-        whole("seed", config["seed"])
-        clients = whole("clients", config["clients"], least=1)
-        whole("cohort", config["cohort"], least=1)
-        whole("eval_every", config["eval_every"])
+        self.seed = whole("seed", config["seed"])
+        self.clients = whole("clients", config["clients"], least=1, most=MOST_CLIENTS)
+        self.cohort = whole("cohort", config["cohort"], least=1)
+        self.eval_every = whole("eval_every", config["eval_every"])
         self.stop = Stop(config["rounds"], config["time_limit"], config["updates"], config["bytes"], config["target"])
         self.overwrite = flag("overwrite", config["overwrite"])
         parts = {name: build(config[name], name) for name in ("data", "partition", "model", "local")}
@@ -73,10 +74,18 @@ class Assembly:
         if not isinstance(self.strategy, Strategy):
             raise ConfigError(f"strategy={self.choices.get('strategy')}: {type(self.strategy).__name__} is no Strategy")
         for rule in self.strategy.jobs.values():
-            rule.check(clients)
+            rule.check(self.clients)
         if self.stop.target is not None:
-            check_target(self.problem, self.stop.target, config["eval_every"])
+            check_target(self.problem, self.stop.target, self.eval_every)
         self.out = Path(str(config["out"])) if config["out"] is not None else None
+
+    def prepare(self) -> None:
+        """Load the data and spread it, for a look whether that works.
+
+        Raises:
+            ConfigError: naming what does not fit.
+        """
+        self.problem.prepare(self.clients, Randomness(self.seed))
 
     def check_out(self) -> None:
         """Refuse an ``out`` that may not be written to.
@@ -87,33 +96,37 @@ class Assembly:
         if self.out is not None:
             check_free(self.out, self.overwrite)
 
-    def run(self, observer: Observer | None = None, default_out: Path | None = None) -> Run:
-        """Run it and write its records to ``out``, or to ``default_out`` if that is not set."""
-        out = self.out or default_out or new_folder()
+    def run(self, observer: Observer | None = None) -> Run:
+        """Run it and write its records to ``out``, or to a new folder under ``runs`` if that is not set."""
         return simulate(
             self.strategy,
             self.problem,
             self.system,
             self.pool,
             self.stop,
-            self.config["seed"],
-            clients=self.config["clients"],
-            cohort=self.config["cohort"],
-            eval_every=self.config["eval_every"],
-            out=out,
+            self.seed,
+            clients=self.clients,
+            cohort=self.cohort,
+            eval_every=self.eval_every,
+            out=self.out or new_folder,
             overwrite=self.overwrite,
-            config={**self.config, "out": str(out)},
+            config=self.config,
             labels=self.choices,
             observer=observer,
         )
 
 
 def new_folder() -> Path:
-    """``runs/<date>_<time>``, with a number behind it if that is taken."""
+    """Make ``runs/<date>_<time>``, with a number behind it if somebody else has that one."""
     base = Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    number = 1
-    path = base
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}_{number}")
-    return path
+    number, path = 1, base
+    while True:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            path = base.with_name(f"{base.name}_{number}")
+        except OSError as error:
+            raise ConfigError(f"out={path}: cannot be written: {error.strerror}") from None
+        else:
+            return path

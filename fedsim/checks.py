@@ -63,29 +63,50 @@ def number(
         value = value.item()  # numpy and torch scalars
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigError(f"{key}={value}: must be a number {allowed}")
-    if not math.isfinite(value):
-        raise ConfigError(f"{key}={value}: must be a finite number {allowed}")
-    if not (least <= value <= most and above < value < below):
+    try:
+        checked = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        checked = math.inf
+    if not math.isfinite(checked):
+        raise ConfigError(f"{key}={checked}: must be a finite number {allowed}")
+    if not (least <= checked <= most and above < checked < below):
         raise ConfigError(f"{key}={value}: must be a number {allowed}")
-    return float(value)
+    return checked
 
 
-def whole(key: str, value: Any, *, least: int = 0, most: int | None = None) -> int:
+LONGEST_SECONDS = 1e9
+"""The longest span of virtual time that can be asked for: 31 years."""
+
+
+def seconds(key: str, value: Any, *, least: float = -math.inf, above: float = -math.inf) -> float:
+    """Return ``value`` as a span of virtual time in seconds, at most ``LONGEST_SECONDS``."""
+    return number(key, value, least=least, above=above, most=LONGEST_SECONDS)
+
+
+def optional_seconds(key: str, value: Any, *, least: float = -math.inf, above: float = -math.inf) -> float | None:
+    """As :func:`seconds`, with ``None`` let through."""
+    return None if value is None else seconds(key, value, least=least, above=above)
+
+
+LARGEST = 10**15
+"""The largest whole number that makes sense for anything here, exact as a float."""
+
+
+def whole(key: str, value: Any, *, least: int = 0, most: int = LARGEST) -> int:
     """Return ``value`` as an int with ``least <= value <= most``; 3.0 counts as 3."""
-    allowed = f">= {least}" if most is None else f"from {least} to {most}"
-    ceiling = math.inf if most is None else most
     try:
         checked = number(key, value)
     except ConfigError:
         checked = math.nan
-    if not (math.isfinite(checked) and checked == int(checked) and least <= checked <= ceiling):
+    allowed = f">= {least}" if most == LARGEST and not checked > most else f"from {least} to {most}"
+    if not (math.isfinite(checked) and checked == int(checked) and least <= checked <= most):
         raise ConfigError(f"{key}={value}: must be a whole number {allowed}")
     return int(value)
 
 
-def optional_whole(key: str, value: Any, *, least: int = 0) -> int | None:
+def optional_whole(key: str, value: Any, *, least: int = 0, most: int = LARGEST) -> int | None:
     """As :func:`whole`, with ``None`` let through."""
-    return None if value is None else whole(key, value, least=least)
+    return None if value is None else whole(key, value, least=least, most=most)
 
 
 def optional_number(key: str, value: Any, **bounds: float) -> float | None:

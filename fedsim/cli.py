@@ -35,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FedsimError as error:
         print(f"fedsim: {error}", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        print(f"fedsim: out of memory {error}".rstrip(), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fedsim: interrupted", file=sys.stderr)
         return 130
@@ -72,7 +75,7 @@ def _command(given: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fedsim",
         description="Federated learning in virtual time: asynchronous, parallel, reproducible to the bit.",
         epilog=EPILOG,

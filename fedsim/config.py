@@ -44,7 +44,15 @@ def search_path(folder: Path) -> list[str]:
     # The repository's conf/ is the package's own: do not search it twice.
     if not own.is_dir() or (own / "__init__.py").exists():
         return []
-    return [f"hydra.searchpath=[file://{own}]"]
+    for group in GROUPS:
+        for path in sorted((own / group).glob("*.yaml")):
+            _refuse_clash(group, path)
+    return [f"hydra.searchpath=['file://{own}']"]
+
+
+def _refuse_clash(group: str, path: Path) -> None:
+    if (config_folder() / group / path.name).exists():
+        raise ConfigError(f"{path}: there is a {group}={path.stem} already, give yours another name")
 
 
 def register_strategies(folder: Path) -> list[str]:
@@ -52,10 +60,11 @@ def register_strategies(folder: Path) -> list[str]:
     names = []
     for path in sorted(folder.glob("*.yaml")):
         try:
-            node = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            node = OmegaConf.load(path)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException):
             continue
-        if isinstance(node, dict) and "_target_" in node:
+        if isinstance(node, DictConfig) and "_target_" in node:
+            _refuse_clash("strategy", path)
             ConfigStore.instance().store(group="strategy", name=path.stem, node=node)
             names.append(path.stem)
     return names
@@ -109,9 +118,11 @@ def _composed(overrides: Sequence[str], given: Sequence[str]) -> DictConfig:
         raise ConfigError(_bad_override(error, given)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from None
-    except ValueError as error:  # a group set to something that is no name
-        group = next((one for one in given if one.partition("=")[0] in GROUPS), "")
-        raise ConfigError(f"{group}: {_one_line(error)}") from None
+    except ValueError:  # a group set to something that is no name
+        wrong = next((one for one in given if one.partition("=")[0] in GROUPS), "")
+        group = wrong.partition("=")[0]
+        allowed = ", ".join(sorted(choices(group, Path.cwd()))) if group else "see fedsim list"
+        raise ConfigError(f"{wrong}: must be the name of one choice, allowed: {allowed}") from None
 
 
 def _unknown_choice(error: MissingConfigException) -> str:
@@ -174,7 +185,11 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise ConfigError(f"{error.override}: cannot be read as key=value") from None
-    return [list(member) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for member in batch]
+    try:
+        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    except (HydraException, AssertionError, ValueError) as error:
+        raise ConfigError(f"{' '.join(overrides)}: cannot be swept ({_one_line(error)}); list the values") from None
+    return [list(member) for batch in batches for member in batch]
 
 
 # ---- building ------------------------------------------------------------------------------------
@@ -194,10 +209,14 @@ def build(node: Any, path: str, **objects: Any) -> Any:
         raise ConfigError(f"{path}={node}: must be one of the choices that `fedsim list {path}` shows")
     target = locate(str(node["_target_"]), f"{path}._target_")
     parameters = inspect.signature(target).parameters
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    try:
+        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except NameError:  # a name that is imported for type checkers only
+        hints = {}
     settings = {str(key): value for key, value in node.items() if key != "_target_"}
     for key, value in settings.items():
-        if key not in parameters:
+        if key not in parameters and not takes_all:
             allowed = [name for name in parameters if name not in objects]
             raise ConfigError(f"{path}.{key}={value}: unknown key, {nearest(key, allowed)}")
         if key in hints:
@@ -233,7 +252,12 @@ def locate(dotted: str, key: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise ConfigError(f"{key}={dotted}: there is no module '{error.name}'") from None
-        raise
+        raise ConfigError(f"{key}={dotted}: {module_name} needs a module '{error.name}'") from None
+    except SyntaxError as error:
+        where = f"{Path(error.filename or module_name).name} line {error.lineno}"
+        raise ConfigError(f"{key}={dotted}: {where}: {error.msg}") from None
+    except ImportError as error:
+        raise ConfigError(f"{key}={dotted}: {_one_line(error)}") from None
     if not hasattr(module, name):
         names = [each for each in vars(module) if not each.startswith("_")]
         raise ConfigError(f"{key}={dotted}: {module_name} has no '{name}', {nearest(name, names)}")
@@ -258,7 +282,7 @@ def fit(key: str, value: Any, hint: Any) -> Any:
             return value
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return value
-    if int in options and isinstance(value, float) and value.is_integer():
+    if int in options and isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return int(value)
     wanted = " or ".join(_NAMES[option] if option in _NAMES else f"a list of {_inner(option)}" for option in options)
     raise ConfigError(f"{key}={value}: must be {wanted}")

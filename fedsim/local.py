@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
@@ -71,6 +71,9 @@ class Context(ABC):
         return new if self.all_active else torch.where(self.active, new, old)
 
 
+MOST = 10**9
+"""Most steps of a task, and examples of a batch."""
+
 Rule = TypeVar("Rule", bound="LocalSGD")
 
 
@@ -96,7 +99,6 @@ class LocalSGD:
         clip: largest norm of a step's gradient; None does not clip.
         prox: FedProx's mu, the penalty ``mu / 2 * ||x - start||^2``.
         lr_decay: factor on the rate per round.
-        sends: ``"delta"`` uploads ``x - start``, ``"model"`` uploads ``x``.
     """
 
     lr: float = 0.1
@@ -108,22 +110,24 @@ class LocalSGD:
     clip: float | None = None
     prox: float = 0.0
     lr_decay: float = 1.0
-    sends: str = "delta"
+    sends: str = field(default="delta", init=False)
+    """What travels up: ``"delta"`` is ``x - start``, ``"model"`` is ``x``. For strategies to set, by
+    :meth:`replace`: they know which of the two they use."""
 
     measured: ClassVar[bool] = False
     """True for rules whose amount of work depends on its outcome: they are trained alone, at take-effect."""
 
     def __post_init__(self) -> None:
         self.lr = number("lr", self.lr, least=0)
-        self.batch_size = optional_whole("batch_size", self.batch_size, least=1)
+        self.batch_size = optional_whole("batch_size", self.batch_size, least=1, most=MOST)
         if _is_list(self.epochs):
-            self.epochs = [number("epochs", each, above=0) for each in self.epochs]
+            self.epochs = [number("epochs", each, above=0, most=1e6) for each in self.epochs]
         else:
-            self.epochs = number("epochs", self.epochs, above=0)
+            self.epochs = number("epochs", self.epochs, above=0, most=1e6)
         if _is_list(self.steps):
-            self.steps = [whole("steps", each) for each in self.steps]
+            self.steps = [whole("steps", each, most=MOST) for each in self.steps]
         else:
-            self.steps = optional_whole("steps", self.steps)
+            self.steps = optional_whole("steps", self.steps, most=MOST)
         self.momentum = number("momentum", self.momentum, least=0, below=1)
         self.weight_decay = number("weight_decay", self.weight_decay, least=0)
         self.clip = optional_number("clip", self.clip, above=0)

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from fedsim.simulation import Simulation
@@ -40,8 +40,14 @@ class LiveProgress:
 
     def __enter__(self) -> LiveProgress:
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[state]}"))
-            self._progress = Progress(*columns, TimeElapsedColumn(), console=self.console, transient=True)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=12),
+                TaskProgressColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[state]}"),
+            )
+            self._progress = Progress(*columns, console=self.console, transient=True)
             self._task = self._progress.add_task(self.title, total=1.0, state="starting")
             self._progress.start()
         return self

@@ -156,12 +156,14 @@ class RunDirectory:
         self._written: dict[str, int] = {}
         self._parts: dict[str, int] = {}
         check_free(self.path, overwrite)
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
         try:
             if self.path.exists():
-                shutil.rmtree(self.path)
+                self.path.rename(aside)  # so that two runs cannot both take it, and no half of it is ever seen
             self.path.mkdir(parents=True)
+            shutil.rmtree(aside, ignore_errors=True)
         except OSError as error:
-            raise ConfigError(f"out={self.path}: cannot be written: {error.strerror}") from None
+            raise ConfigError(f"out={self.path}: cannot be written: {error.strerror or error}") from None
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file, complete or not at all."""
@@ -208,20 +210,36 @@ class RunDirectory:
         os.replace(draft, folder / "part-000000.parquet")
 
 
+RUN_FILES = frozenset(
+    (
+        "config.yaml", "manifest.json", "summary.json", "run.log", "model.safetensors", "checkpoint",
+        *(f"{table}.parquet" for table in ("metrics", "events", "clients", "links")),
+    )
+)  # fmt: skip
+"""All that a run's directory may hold, drafts apart."""
+
+
 def check_free(path: Path, overwrite: bool) -> None:
-    """Refuse a path that exists, unless it holds a run (or nothing) and may be overwritten.
+    """Refuse a path that exists, unless it is an empty folder, or a run and nothing else that may be overwritten.
 
     Raises:
         ConfigError: naming ``out``.
     """
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise ConfigError(f"out={path}: is a file, give a directory that does not exist yet")
-    holds_run = (path / "config.yaml").exists() or (path / "manifest.json").exists()
-    if not any(path.iterdir()):
+    if str(path) in ("", "."):
+        raise ConfigError(f"out={path}: is the working directory, give one of its own to the run")
+    try:
+        if not path.exists() and not path.is_symlink():
+            return
+        if path.is_symlink() or not path.is_dir():
+            raise ConfigError(f"out={path}: is not a directory, give one that does not exist yet")
+        names = {entry.name for entry in path.iterdir() if not entry.name.endswith(".draft")}
+    except OSError as error:
+        raise ConfigError(f"out={path}: cannot be used: {error.strerror}") from None
+    if not names:
         return
     if not overwrite:
         raise ConfigError(f"out={path}: exists already, give another directory or overwrite=true")
-    if not holds_run:
-        raise ConfigError(f"out={path}: is not a run's directory, so overwrite=true will not delete it")
+    foreign = sorted(names - RUN_FILES)
+    if foreign or not {"config.yaml", "run.log"} <= names or path.resolve() in (Path.cwd(), *Path.cwd().parents):
+        found = f" (it holds {foreign[0]})" if foreign else ""
+        raise ConfigError(f"out={path}: is not a run's directory{found}, so overwrite=true will not delete it")

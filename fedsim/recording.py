@@ -6,7 +6,7 @@ import hashlib
 import logging
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -51,7 +51,8 @@ class Recording:
     """The records of one run.
 
     Args:
-        out: the run's directory; None writes nothing and keeps the tables in memory only.
+        out: the run's directory, or a function that makes one; None writes nothing and keeps the tables in
+            memory only.
         overwrite: replace a run in ``out``.
         config: the resolved configuration, plain values.
         labels: names of the parts, for the manifest.
@@ -62,7 +63,7 @@ class Recording:
 
     def __init__(
         self,
-        out: str | Path | None,
+        out: str | Path | Callable[[], Path] | None,
         overwrite: bool,
         config: Mapping[str, Any],
         labels: Mapping[str, str] | None = None,
@@ -72,8 +73,9 @@ class Recording:
         self.began = time.time()
         self._flushed = self.began
         self._handler: logging.Handler | None = None
-        self.directory = None if out is None else RunDirectory(out, overwrite)
+        self.directory = None if out is None else RunDirectory(out() if callable(out) else out, overwrite)
         if self.directory is not None:
+            self.config["out"] = str(self.directory.path)
             self.directory.write_text("config.yaml", yaml.safe_dump(self.config, sort_keys=False))
             self._handler = logging.FileHandler(self.directory.path / "run.log")
             self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -115,14 +115,18 @@ def ask(groups: Groups, *, metric: str | None = None, target: float | None = Non
     """Choose metric and target where the user has not.
 
     Target: the argument; else the configured one if all runs share it and it speaks of this metric; else, for
-    accuracy, the largest multiple of 0.05 that at least one run of every group reaches. Raises :class:`ConfigError`.
+    accuracy, the largest multiple of 0.05 that at least one run of every group reaches. Runs that learn nothing
+    are asked for the rounds that all of them have made. Raises :class:`ConfigError`.
     """
     runs = [run for members in groups.values() for run in members]
     common = [name for name in runs[0].metrics.columns if all(run.measures(str(name)) for run in runs)]
     if metric is None:
         metric = next((name for name in DEFAULTS if name in common), None)
-        if metric is None:
+        if metric is None and any(run.measures(name) for run in runs for name in DEFAULTS):
             raise ConfigError(f"report: the runs have none of {', '.join(DEFAULTS)} in common; name one with --metric")
+        if metric is None:  # nothing was learnt: how long and how many bytes so many rounds took
+            rounds = min(float(run.column("round")[-1]) for run in runs)
+            return Question("round", "round", rounds if target is None else number("target", target), target is None)
     elif metric not in common:
         raise ConfigError(f"metric={metric}: not in the metrics of every run, {nearest(metric, common)}")
     judged = f"val_{metric}" if f"val_{metric}" in common else metric
@@ -310,7 +314,7 @@ def _clock(groups: Groups) -> str:
 
 
 def _rising(metric: str) -> bool:
-    return "accuracy" in metric
+    return "accuracy" in metric or metric == "round"
 
 
 def _raw(value: float) -> str:

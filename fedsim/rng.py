@@ -13,7 +13,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 _MASK = (1 << 64) - 1
@@ -105,12 +104,8 @@ class Draw:
         return np.random.Generator(np.random.Philox(key=int(self.key)))
 
     def torch_seed(self) -> int:
-        """A seed for a ``torch.Generator`` (one key only)."""
+        """A 63-bit seed for torch (one key only)."""
         return int(self.key) >> 1
-
-    def torch_generator(self) -> torch.Generator:
-        """A torch generator of its own. For set-up, never per task."""
-        return torch.Generator().manual_seed(self.torch_seed())
 
 
 class Randomness:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fedsim.assemble import Assembly, new_folder
 from fedsim.checks import ConfigError, FedsimError, nearest
@@ -24,8 +27,8 @@ from fedsim.progress import LiveProgress, headline, megabytes, seconds
 from fedsim.recording import Run
 
 MULTIRUN = ("-m", "--multirun")
-HYDRA_FLAGS = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--shell-completion", "-sc")
-"""Flags of Hydra's own that are handed on."""
+Composed = tuple[dict[str, Any], dict[str, str]]
+"""A configuration and the choices it was made of."""
 
 LONGEST_NAME = 150
 """Longest folder name of a sweep's member, in characters."""
@@ -37,31 +40,50 @@ def main(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: before anything is written, if any member of the sweep cannot run.
     """
-    overrides = [each for each in arguments if not each.startswith("-")]
-    flags = [each for each in arguments if each.startswith("-")]
-    if "-h" in flags or "--help" in flags:
-        from fedsim.reference import run_help
+    given, multirun, show = list(arguments), False, False
+    overrides: list[str] = []
+    while given:
+        word = given.pop(0)
+        if word in ("-h", "--help"):
+            from fedsim.reference import run_help
 
-        print(run_help(Path.cwd()))
-        return 0
-    for each in flags:
-        if each.partition("=")[0] not in (*MULTIRUN, *HYDRA_FLAGS):
-            raise ConfigError(f"{each}: unknown flag, {nearest(each, (*MULTIRUN, *HYDRA_FLAGS, '--help'))}")
-    if any(each not in MULTIRUN for each in flags):
-        return _hydra(list(arguments))
-    return _sweep(overrides) if flags else _single(overrides)
+            print(run_help(Path.cwd()))
+            return 0
+        if word in MULTIRUN:
+            multirun = True
+        elif word == "--cfg":
+            if (given.pop(0) if given else "") != "job":
+                raise ConfigError("--cfg: must be followed by job")
+            show = True
+        elif word.startswith("-"):
+            raise ConfigError(f"{word}: unknown flag, {nearest(word, (*MULTIRUN, '--cfg', '--help'))}")
+        else:
+            overrides.append(word)
+    if multirun:
+        return _sweep(overrides)
+    return _show(overrides) if show else _single(overrides)
 
 
-def _single(overrides: list[str]) -> int:
-    config, choices = compose_run(overrides, Path.cwd())
-    assembly = Assembly(config, choices)
-    print(_ended(_observed(assembly, None)))
+def _compose_single(overrides: list[str]) -> Composed:
+    for each in overrides:
+        if len(expand([each])) > 1:
+            raise ConfigError(f"{each}: several values are a sweep, add -m")
+    return compose_run(overrides, Path.cwd())
+
+
+def _show(overrides: list[str]) -> int:
+    print(yaml.safe_dump(_compose_single(overrides)[0], sort_keys=False), end="")
     return 0
 
 
-def _observed(assembly: Assembly, default_out: Path | None, title: str = "") -> Run:
+def _single(overrides: list[str]) -> int:
+    print(_ended(_observed(Assembly(*_compose_single(overrides)))))
+    return 0
+
+
+def _observed(assembly: Assembly, title: str = "") -> Run:
     with LiveProgress(title or assembly.choices.get("strategy", "run")) as progress:
-        return assembly.run(progress, default_out)
+        return assembly.run(progress)
 
 
 def _ended(run: Run) -> str:
@@ -99,29 +121,55 @@ class _Sweep:
         choices = {str(group): str(choice) for group, choice in job.runtime.choices.items() if group in GROUPS}
         values = {**plain(config), "out": str(self.folder / name)}
         try:
-            run = _observed(Assembly(values, choices), None, f"[{number + 1}/{len(self.names)}] {name}")
+            run = _observed(Assembly(values, choices), f"[{number + 1}/{len(self.names)}] {name}")
             print(_ended(run), flush=True)
         except FedsimError as error:
             self.failed.append(name)
             print(f"fedsim: {name}: {error}", file=sys.stderr, flush=True)
+        except Exception:  # a bug in somebody's strategy: shown whole, and the others go on
+            self.failed.append(name)
+            traceback.print_exc()
 
 
 def _sweep(overrides: list[str]) -> int:
-    members = [[each for each in member if not each.startswith("hydra.")] for member in expand(overrides)]
+    members = expand(overrides)
     varied = [one.partition("=")[0] for one in overrides if len({_value(member, one) for member in members}) > 1]
+    if "out" in varied:
+        raise ConfigError(f"out={_value(members[0], 'out')}: a sweep has one directory, its members lie in it")
     names = _member_names(members, varied)
-    folder = _sweep_folder(overrides)
-    for member, name in zip(members, names, strict=True):
-        config, choices = compose_run([each for each in member if not each.startswith("out=")], Path.cwd())
-        config["out"] = str(folder / name)
-        Assembly(config, choices).check_out()
-    sweep = _Sweep(folder, names)
-    rest = [each for each in overrides if not each.startswith("out=")]
-    _hydra(["--multirun", f"hydra.sweep.dir={folder}", "hydra.sweep.subdir=.", *rest], sweep)
+    composed = [compose_run(member, Path.cwd()) for member in members]
+    folder = composed[0][0]["out"]
+    _check_members(composed, names, None if folder is None else Path(str(folder)))
+    sweep = _Sweep(new_folder() if folder is None else Path(str(folder)), names)
+    rest = [each for each in overrides if each.partition("=")[0] != "out"]
+    _hydra(["--multirun", f"hydra.sweep.dir={_quoted(sweep.folder)}", "hydra.sweep.subdir=.", *rest], sweep)
     if sweep.failed:
         print(f"fedsim: {len(sweep.failed)} of {len(names)} runs failed: {', '.join(sweep.failed)}", file=sys.stderr)
-    print(f"{len(names) - len(sweep.failed)} runs in {folder}; now: fedsim report {folder}")
+    print(f"{len(names) - len(sweep.failed)} runs in {sweep.folder}; now: fedsim report {sweep.folder}")
     return 1 if sweep.failed else 0
+
+
+def _check_members(composed: list[Composed], names: list[str], folder: Path | None) -> None:
+    """Build every member, and load every data set once, before anything is written.
+
+    Raises:
+        ConfigError: if a member cannot run.
+    """
+    if folder is not None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
+        raise ConfigError(f"out={folder}: is not a directory")
+    seen = set()
+    for (config, choices), name in zip(composed, names, strict=True):
+        assembly = Assembly({**config, "out": None if folder is None else str(folder / name)}, choices)
+        assembly.check_out()
+        data = repr([config[key] for key in ("problem", "data", "partition", "model", "clients")])
+        if data not in seen:
+            seen.add(data)
+            assembly.prepare()
+
+
+def _quoted(path: Path) -> str:
+    """A path as Hydra reads it back, whatever it holds."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
 
 
 def _value(member: list[str], override: str) -> str:
@@ -137,15 +185,11 @@ def _member_names(members: list[list[str]], varied: list[str]) -> list[str]:
         for one in member:
             key, _, value = one.partition("=")
             if key in varied:
-                parts.append(value if key in GROUPS else key.rpartition(".")[2] + value)
+                short = "" if key in GROUPS else key.rpartition(".")[2]
+                parts.append(short + ("" if not short or value[:1].isdigit() else "-") + value)
         name = "".join(each if each.isalnum() or each in "._-+," else "-" for each in "_".join(parts))[:LONGEST_NAME]
         names.append(name if name and name not in names else f"{name}~{number}".lstrip("~"))
     return names
-
-
-def _sweep_folder(overrides: list[str]) -> Path:
-    given = [each.partition("=")[2] for each in overrides if each.startswith("out=")]
-    return Path(given[-1]) if given and given[-1] != "null" else new_folder()
 
 
 def _hydra(arguments: list[str], sweep: _Sweep | None = None) -> int:
@@ -162,7 +206,7 @@ def _hydra(arguments: list[str], sweep: _Sweep | None = None) -> int:
 
     def task(config: Any) -> None:
         if sweep is None:
-            raise ConfigError(f"flags {flags}: see fedsim run --help")
+            raise ConfigError(f"{' '.join(flags)}: see fedsim run --help")
         sweep.member(config)
 
     hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(task)()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedsim.checks import number, one_of, optional_number, optional_whole
+from fedsim.checks import number, one_of, optional_seconds, optional_whole
 from fedsim.federation import Federation, Reply, Task, Timer
 from fedsim.local import LocalSGD
 
@@ -84,7 +84,7 @@ class Round:
         stragglers: str = "cancel",
     ) -> None:
         self.over_selection = number("over_selection", over_selection, least=1)
-        self.deadline = optional_number("deadline", deadline, above=0)
+        self.deadline = optional_seconds("deadline", deadline, above=0)
         self.selection = one_of("selection", selection, ("fixed", "binomial"))
         self.stragglers = one_of("stragglers", stragglers, ("cancel", "late"))
         self.number = 0

@@ -52,6 +52,12 @@ class Hooks(fedsim.Strategy):
     def on_message(self, fed, src, dst, payload, tag):
         self.call("on_message", fed, src, dst)
 
+    def message(self, fed, task):
+        return self.handlers["message"](self, fed, task) if "message" in self.handlers else {}
+
+    def views(self, fed):
+        return self.handlers["views"](self, fed) if "views" in self.handlers else super().views(fed)
+
 
 def simulate(strategy, stop=None, problem=None, **more):
     system = fedsim.System(
@@ -358,7 +364,7 @@ def test_other_limits_end_the_run_with_the_instant_in_which_they_are_met():
 
 
 def test_everybody_always_dropping_out_is_an_error_that_says_so():
-    with pytest.raises(fedsim.SimulationError, match=r"all lost \(dropped\): no client can ever finish"):
+    with pytest.raises(fedsim.SimulationError, match=r"all lost without one result \(the last one: dropped\)"):
         simulate(FedAvg(ONE_STEP), fedsim.Stop(rounds=1), faults=faults.Faults(1.0), clients=2, cohort=2)
 
 
@@ -366,7 +372,7 @@ def test_asking_an_offline_client_again_and_again_is_an_error_that_says_so():
     strategy = Hooks(
         start=lambda self, fed: fed.dispatch(0), on_lost=lambda self, fed, task, why: fed.dispatch(task.client)
     )
-    with pytest.raises(fedsim.SimulationError, match=r"all lost \(offline\)"):
+    with pytest.raises(fedsim.SimulationError, match=r"the last one: offline\)"):
         simulate(strategy, fedsim.Stop(rounds=1), availability=Scripted(absent=[0]), clients=2)
 
 
@@ -715,3 +721,62 @@ def test_local_rules_cannot_spoil_each_others_start(kind):
         for rule in (fedsim.LocalSGD, Rough)
     ]
     assert runs[0].manifest["model_sha256"] == runs[1].manifest["model_sha256"]
+
+
+# ---- limits of the clock, and runs without an end ---------------------------------------------------
+
+
+def test_the_end_of_the_clock_is_an_error_and_no_task_takes_no_time():
+    with pytest.raises(fedsim.SimulationError, match=r"the clock ends at 1.153e\+09 s"):
+        simulate(FedAvg(ONE_STEP), fedsim.Stop(rounds=40), compute=compute.Constant(3e8), clients=5, cohort=5)
+    with pytest.raises(fedsim.SimulationError, match="a task lasts"):
+        simulate(FedAvg(fedsim.LocalSGD(steps=10)), fedsim.Stop(rounds=1), compute=compute.Constant(1e9), clients=5)
+
+
+def test_a_deadline_that_nobody_can_meet_is_an_error():
+    with pytest.raises(fedsim.SimulationError, match="look at faults, availability and deadlines"):
+        simulate(FedAvg(ONE_STEP, deadline=0.001), fedsim.Stop(rounds=3), clients=5, cohort=5)
+
+
+@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+def test_a_strategy_object_serves_one_run(strategy):
+    used = strategy(ONE_STEP)
+    simulate(used, fedsim.Stop(rounds=1))
+    with pytest.raises(fedsim.ConfigError, match="has served a run already"):
+        simulate(used, fedsim.Stop(rounds=1))
+
+
+def test_a_target_without_its_view_is_an_error():
+    strategy = Hooks(views=lambda self, fed: {"mine": fed.model})
+    with pytest.raises(fedsim.SimulationError, match="views give no 'distance'"):
+        simulate(strategy, fedsim.Stop(rounds=1, target=1e-9), problem=fedsim.Quadratic())
+
+
+class Numbered(fedsim.LocalSGD):
+    """Sends back the number it was sent."""
+
+    def finish(self, ctx, x):
+        return {"delta": 0 * x + ctx.message["number"]}
+
+
+@pytest.mark.parametrize("way", ["numpy", "data"])
+def test_message_buffers_changed_behind_torchs_back_reach_every_client_as_they_were(way):
+    buffer = np.zeros(1)
+    tensor = torch.from_numpy(buffer)
+
+    def message(self, fed, task):
+        if way == "numpy":
+            buffer[0] = task.client
+        else:
+            tensor.data.fill_(task.client)
+        return {"number": tensor}
+
+    def on_reply(self, fed, reply):
+        assert set(reply["delta"].tolist()) == {float(reply.client)}
+        self.log.append(reply.client)
+
+    strategy = Hooks(
+        Numbered(steps=1), start=lambda self, fed: fed.dispatch(range(15)), message=message, on_reply=on_reply
+    )
+    simulate(strategy, fedsim.Stop(updates=15), problem=fedsim.Quadratic(), clients=15, cohort=15)
+    assert sorted(strategy.log) == list(range(15))

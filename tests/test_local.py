@@ -114,7 +114,7 @@ def test_every_step_is_that_of_torch_sgd(momentum: float, weight_decay: float) -
 def test_with_settings_that_round_nowhere_the_bits_are_those_of_torch_sgd() -> None:
     # Powers of two: every product is exact, so that only the order of additions could tell the two apart.
     problem = quadratic()
-    rule = LocalSGD(lr=0.25, momentum=0.5, weight_decay=0.125, steps=9, sends="model")
+    rule = LocalSGD(lr=0.25, momentum=0.5, weight_decay=0.125, steps=9).replace(sends="model")
     x = problem.initial().add_(1 / 3).requires_grad_()
     start = x.detach().clone()
     optimiser = torch.optim.SGD([x], lr=0.25, momentum=0.5, weight_decay=0.125)
@@ -125,7 +125,7 @@ def test_with_settings_that_round_nowhere_the_bits_are_those_of_torch_sgd() -> N
 
 
 def test_momentum_begins_afresh_in_every_task() -> None:
-    problem, rule = quadratic(), LocalSGD(lr=0.25, momentum=0.5, steps=1, sends="model")
+    problem, rule = quadratic(), LocalSGD(lr=0.25, momentum=0.5, steps=1).replace(sends="model")
     a, b = curve(problem)
     x = problem.initial()
     for _ in range(3):
@@ -187,7 +187,7 @@ def test_clipping_comes_before_weight_decay_and_prox() -> None:
         gradient = a * (x - b)
         gradient = gradient * min(1.0, 0.5 / float(gradient.norm()))
         x = x - 0.1 * (gradient + 0.3 * x + 0.2 * (x - start))
-    rule = LocalSGD(lr=0.1, clip=0.5, weight_decay=0.3, prox=0.2, sends="model")
+    rule = LocalSGD(lr=0.1, clip=0.5, weight_decay=0.3, prox=0.2).replace(sends="model")
     torch.testing.assert_close(train(rule, problem, 0, 3, start=start).payload["model"], x, rtol=1e-12, atol=0)
 
 
@@ -208,7 +208,7 @@ def test_the_rate_decays_per_round_from_the_first_on() -> None:
 
 def test_sending_the_model_sends_where_sending_the_delta_leads() -> None:
     problem, start = quadratic(), torch.full((4,), 3.0, dtype=torch.float64)
-    model = train(LocalSGD(sends="model"), problem, 0, 6, start=start).payload
+    model = train(LocalSGD().replace(sends="model"), problem, 0, 6, start=start).payload
     delta = train(LocalSGD(), problem, 0, 6, start=start).payload
     assert list(model) == ["model"]
     assert list(delta) == ["delta"]
@@ -357,7 +357,6 @@ WRONG = [
     *[("clip", value) for value in (0, -1, NAN, "no")],
     *[("prox", value) for value in (-1, NAN, INF, None)],
     *[("lr_decay", value) for value in (0, -1, 1.1, NAN)],
-    *[("sends", value) for value in ("gradient", "", None)],
 ]
 
 
@@ -531,7 +530,7 @@ class Stack(Context):
     [
         LocalSGD(lr=0.2),
         LocalSGD(lr=0.2, momentum=0.9, weight_decay=0.1, prox=0.3),
-        LocalSGD(lr=0.2, clip=0.7, sends="model"),
+        LocalSGD(lr=0.2, clip=0.7).replace(sends="model"),
         Sharp(lr=0.2, momentum=0.5, clip=2.0),
     ],
 )

@@ -203,6 +203,6 @@ def test_what_is_as_long_as_the_model_costs_what_the_problem_declares() -> None:
 def test_a_local_rule_declares_one_vector(sends: str) -> None:
     for dtype, nbytes in ((torch.float32, 28), (torch.float64, 56)):
         layout = Layout.flat(7, dtype)
-        declared = LocalSGD(sends=sends).payload_spec(layout)
+        declared = LocalSGD().replace(sends=sends).payload_spec(layout)
         assert declared == {sends: TensorSpec((7,), dtype)}
         assert message_bytes(declared.values(), layout) == nbytes

@@ -144,7 +144,7 @@ class Classification(Problem):
         self.test_x, self.test_y = rows(data.test_x, data.test_y)
 
     def _build(self, shape: tuple[int, ...]) -> nn.Module:
-        """The user's module, refused if it keeps running statistics."""
+        """The user's module."""
         if isinstance(self.model, nn.Module):
             module = copy.deepcopy(self.model)
         elif isinstance(self.model, Model):
@@ -153,12 +153,6 @@ class Classification(Problem):
             module = self.model()
         if not isinstance(module, nn.Module):
             raise ConfigError(f"model: made a {type(module).__name__}, not a torch module")
-        for name, buffer in module.named_buffers():
-            if buffer.is_floating_point():
-                raise ConfigError(
-                    f"model: buffer {name} would change outside the exchanged parameters (BatchNorm's running "
-                    "statistics are such); use GroupNorm"
-                )
         return module
 
     def _validation_split(self, n: int, randomness: Randomness) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -220,12 +214,14 @@ def _probe(module: nn.Module, x: Tensor, classes: int) -> bool:
     """Whether a forward pass in training draws random numbers.
 
     Raises:
-        ConfigError: if the module cannot take ``x [n, ...]``, or does not make logits ``[n, classes]`` of it.
+        ConfigError: if the module cannot take ``x [n, ...]``, does not make logits ``[n, classes]`` of it, or changes
+            buffers in training (running statistics), which no vector of parameters would carry.
     """
     name = type(module).__name__
     try:
         with torch.no_grad():
             logits = module.train()(x)  # lazy layers take their shape, and draw their weights, here
+            buffers = {key: each.clone() for key, each in module.named_buffers()}
             before = torch.get_rng_state()
             module(x)
     except Exception as error:  # user code may raise anything
@@ -234,6 +230,12 @@ def _probe(module: nn.Module, x: Tensor, classes: int) -> bool:
     if not isinstance(logits, Tensor) or logits.shape != (len(x), classes):
         made = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(f"model: {name} must make logits {[len(x), classes]} of {len(x)} examples, got {made}")
+    for key, each in module.named_buffers():
+        if key not in buffers or not torch.equal(buffers[key], each):
+            raise ConfigError(
+                f"model: buffer {key} changes in training outside the exchanged parameters (BatchNorm's running "
+                "statistics are such); use GroupNorm"
+            )
     return not torch.equal(before, torch.get_rng_state())
 
 

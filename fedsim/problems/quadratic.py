@@ -37,7 +37,7 @@ class Quadratic(Problem):
     def __init__(
         self, dimension: int = 10, low: float = 0.2, high: float = 2.0, spread: float = 3.0, noise: float = 0.0
     ) -> None:
-        self.dimension = whole("dimension", dimension, least=1)
+        self.dimension = whole("dimension", dimension, least=1, most=10**7)
         self.low = number("low", low, above=0)
         self.high = number("high", high, above=0)
         if self.high < self.low:

@@ -26,8 +26,8 @@ class ScheduleOnly(Problem):
     trains = False
 
     def __init__(self, parameters: int = 100_000, samples: int = 60) -> None:
-        self.parameters = whole("parameters", parameters, least=1)
-        self.samples_each = whole("samples", samples, least=1)
+        self.parameters = whole("parameters", parameters, least=1, most=10**12)
+        self.samples_each = whole("samples", samples, least=1, most=10**9)
         self.layout = Layout(("x",), ((0,),), torch.float32, declared_bytes=4 * self.parameters)
 
     def prepare(self, clients: int, randomness: Randomness) -> None:

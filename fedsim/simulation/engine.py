@@ -258,7 +258,7 @@ class Simulation(Federation):
             self.strategy.settle(self)
             return
         if kind == "take effect":
-            self.tasks.take_effect(subject)
+            self.tasks.take_effect()
             return
         if kind == "availability":
             self._change_availability()

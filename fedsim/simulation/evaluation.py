@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedsim.checks import SimulationError
 from fedsim.record import METRIC_COLUMNS, Log
 
 if TYPE_CHECKING:
@@ -40,9 +41,13 @@ class Evaluation:
     def reached(self, target: float) -> bool:
         """Whether the newest evaluation meets the target on the problem's target metric."""
         metric = self.sim.problem.target_metric
-        if metric is None or metric[0] not in self.latest:
+        if metric is None or not self.latest:
             return False
         name, side = metric
+        if name not in self.latest:
+            raise SimulationError(
+                f"target={target}: the strategy's views give no '{name}'; call the one it is judged by \"global\""
+            )
         return self.latest[name] >= target if side == "above" else self.latest[name] <= target
 
     def _take(self) -> None:

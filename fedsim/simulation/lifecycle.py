@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,8 +25,8 @@ from fedsim.wire import message_bytes
 if TYPE_CHECKING:
     from fedsim.simulation.engine import Simulation
 
-Copies = dict[tuple[int, int], tuple[Tensor, Tensor]]
-"""A tensor and its copy, by the tensor's identity and version."""
+Copies = dict[int, tuple[Tensor, Tensor]]
+"""A tensor and its newest copy, by the tensor's identity."""
 
 
 class Lifecycle:
@@ -94,7 +95,7 @@ class Lifecycle:
         kept = start.detach().to(self.sim.layout.dtype).clone()
         return [kept] * count if kept.ndim == 1 else list(kept)
 
-    def take_effect(self, _: None) -> None:
+    def take_effect(self) -> None:
         """Start the whole batch of this instant: snapshot, plan, schedule."""
         sim = self.sim
         batch = [task for task in self._requested if task.status is Status.REQUESTED]
@@ -219,11 +220,7 @@ class Lifecycle:
         self._release(task)
         outcome = {"interrupted": "interrupted", "deadline": "late"}.get(task.why, "dropped")
         self._decide(task, outcome)
-        self._lost_in_a_row += 1
-        if self._lost_in_a_row > 10_000 + 100 * self.sim.clients:
-            raise SimulationError(
-                f"the last {self._lost_in_a_row} tasks were all lost ({task.why}): no client can ever finish"
-            )
+        self._count_lost(task)
         self.sim.strategy.on_lost(self.sim, task.view(), task.why)
 
     def expire(self, task: LiveTask) -> None:
@@ -243,6 +240,16 @@ class Lifecycle:
             self._stop_work(task, "cancelled", self.sim.kernel.now)
         self._release(task)
         self._decide(task, "cancelled")
+        self._count_lost(task)
+
+    def _count_lost(self, task: LiveTask) -> None:
+        """Give up when no client ever finishes: a run that only loses tasks has no end."""
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row > 10_000 + 100 * self.sim.clients:
+            raise SimulationError(
+                f"the last {self._lost_in_a_row} tasks were all lost without one result (the last one: "
+                f"{task.why or 'cancelled'}): look at faults, availability and deadlines"
+            )
 
     def _cut(self, task: LiveTask, why: str, at: int) -> None:
         """The client stops working on a task; the server will notice in time."""
@@ -360,9 +367,9 @@ class Lifecycle:
 def _snapshot(tensor: Tensor, copies: Copies) -> Tensor:
     """A copy that later changes by the strategy cannot reach; tasks of one batch share it.
 
-    A buffer filled anew for every task is one tensor at several versions, and each of them is kept.
+    A buffer filled anew for every task is one tensor with several contents, so they are compared before sharing.
     """
-    key = (id(tensor), tensor._version)
-    if key not in copies:
-        copies[key] = (tensor, tensor.detach().clone())
-    return copies[key][1]
+    known = copies.get(id(tensor))
+    if known is None or not torch.equal(known[1], tensor):
+        copies[id(tensor)] = known = (tensor, tensor.detach().clone())
+    return known[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsim.checks import ConfigError, optional_number, optional_whole
+from fedsim.checks import ConfigError, optional_number, optional_seconds, optional_whole
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Stop:
 
     def __post_init__(self) -> None:
         optional_whole("rounds", self.rounds, least=1)
-        optional_number("time_limit", self.time_limit, above=0)
+        optional_seconds("time_limit", self.time_limit, above=0)
         optional_whole("updates", self.updates, least=1)
         optional_whole("bytes", self.bytes, least=1)
         optional_number("target", self.target, above=0)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from fedsim.checks import SimulationError
 from fedsim.federation import Task
 from fedsim.kernel import NS
-from fedsim.system import Stage, System
+from fedsim.system import LONGEST, Stage, System
 from fedsim.training import Result, Work
 
 
@@ -146,8 +147,15 @@ def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
 
     down_time = np.where(travels, system.network.down(clients, down_bytes), 0)
     up_time = np.where(travels, system.network.up(clients, up_bytes), 0)
+    compute_time = system.compute.durations(clients, steps, nth)
+    longest = max(int(each.max()) for each in (down_time, compute_time, up_time))
+    if longest >= LONGEST or now >= LONGEST:
+        raise SimulationError(
+            f"at {now / NS:.6g} s of virtual time a task lasts {longest / NS:.6g} s or more: "
+            f"the clock ends at {LONGEST / NS:.4g} s (36 years)"
+        )
     started = now + down_time
-    computed = started + system.compute.durations(clients, steps, nth)
+    computed = started + compute_time
     arrived = np.maximum(computed + up_time, now + 1)
     stage, fraction = system.faults.draw(clients, nth)
     ended = np.maximum(started + np.rint(fraction * (computed - started)).astype(np.int64), now + 1)

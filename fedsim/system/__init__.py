@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from fedsim.rng import Randomness
 from fedsim.system.availability import Always, Availability
+from fedsim.system.base import LONGEST
 from fedsim.system.compute import Compute
 from fedsim.system.compute import Constant as ConstantCompute
 from fedsim.system.faults import Faults, Stage
 from fedsim.system.network import Network, NoNetwork
 
-__all__ = ["Availability", "Compute", "Faults", "Network", "Stage", "System"]
+__all__ = ["LONGEST", "Availability", "Compute", "Faults", "Network", "Stage", "System"]
 
 
 class System:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.checks import number
+from fedsim.checks import number, seconds
 from fedsim.kernel import to_ns
 from fedsim.rng import Randomness
 from fedsim.system.base import SHORTEST, Ids, Nanoseconds, nanoseconds
@@ -86,7 +86,7 @@ class Slotted(Availability):
     slotted = True
 
     def __init__(self, slot: float) -> None:
-        self.slot = number("slot", slot, least=SHORTEST)
+        self.slot = seconds("slot", slot, least=SHORTEST)
         self._slot_ns = to_ns(self.slot)
 
     def prepare(self, clients: int, randomness: Randomness) -> None:
@@ -204,8 +204,8 @@ class Cyclic(Switching):
     """
 
     def __init__(self, up: float = 600.0, down: float = 600.0) -> None:
-        self.up = number("up", up, least=SHORTEST)
-        self.down = number("down", down, least=SHORTEST)
+        self.up = seconds("up", up, least=SHORTEST)
+        self.down = seconds("down", down, least=SHORTEST)
         self._up_ns, self._down_ns = to_ns(self.up), to_ns(self.down)
 
     def _first(self, ids: Ids) -> tuple[States, Nanoseconds]:
@@ -230,8 +230,8 @@ class Markov(Availability):
     """
 
     def __init__(self, up: float = 300.0, down: float = 100.0, slot: float | None = None) -> None:
-        self.up = number("up", up, least=SHORTEST)
-        self.down = number("down", down, least=SHORTEST)
+        self.up = seconds("up", up, least=SHORTEST)
+        self.down = seconds("down", down, least=SHORTEST)
         self.slot = None if slot is None else number("slot", slot, least=SHORTEST, most=min(self.up, self.down))
         self.slotted = self.slot is not None
         self._law: Availability

@@ -16,6 +16,9 @@ Nanoseconds = NDArray[np.int64]
 LONGEST = 2**60
 """The longest span a model gives, in ns (about 36 years): a heavy tail must not overflow the clock."""
 
+WIDEST = 20.0
+"""The largest standard deviation of a logarithm: beyond it nothing but zeros and infinities is drawn."""
+
 SHORTEST = 1e-9
 """The shortest span a slot or a period may be told to have, in seconds: one nanosecond."""
 

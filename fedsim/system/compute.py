@@ -13,9 +13,9 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.checks import number, one_of
+from fedsim.checks import number, one_of, seconds
 from fedsim.rng import Draw, Randomness
-from fedsim.system.base import Ids, Nanoseconds, nanoseconds
+from fedsim.system.base import WIDEST, Ids, Nanoseconds, nanoseconds
 
 
 class Compute(ABC):
@@ -36,7 +36,7 @@ class Compute(ABC):
 
     def __init__(self, jitter: float = 0.0, jitter_law: str = "lognormal") -> None:
         self.jitter_law = one_of("jitter_law", jitter_law, ("lognormal", "exponential"))
-        self.jitter = number("jitter", jitter, least=0, most=1 if jitter_law == "exponential" else math.inf)
+        self.jitter = number("jitter", jitter, least=0, most=1 if jitter_law == "exponential" else 100)
 
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Draw the speeds of clients ``0 .. clients - 1``."""
@@ -73,7 +73,7 @@ class Constant(Compute):
 
     def __init__(self, mean: float = 0.1, jitter: float = 0.0, jitter_law: str = "lognormal") -> None:
         super().__init__(jitter, jitter_law)
-        self.mean = number("mean", mean, above=0)
+        self.mean = seconds("mean", mean, above=0)
 
     def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
         return np.full(clients, self.mean)
@@ -86,8 +86,8 @@ class Uniform(Compute):
         self, low: float = 0.05, high: float = 0.5, jitter: float = 0.0, jitter_law: str = "lognormal"
     ) -> None:
         super().__init__(jitter, jitter_law)
-        self.low = number("low", low, least=0)
-        self.high = number("high", high, least=self.low, above=0)
+        self.low = seconds("low", low, least=0)
+        self.high = seconds("high", high, least=self.low, above=0)
 
     def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
         return self.low + (self.high - self.low) * draw.uniform()
@@ -103,8 +103,8 @@ class Lognormal(Compute):
         self, mean: float = 0.1, sigma: float = 1.0, jitter: float = 0.0, jitter_law: str = "lognormal"
     ) -> None:
         super().__init__(jitter, jitter_law)
-        self.mean = number("mean", mean, above=0)
-        self.sigma = number("sigma", sigma, least=0)
+        self.mean = seconds("mean", mean, above=0)
+        self.sigma = number("sigma", sigma, least=0, most=WIDEST)
 
     def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
         return self.mean * np.exp(self.sigma * draw.normal() - self.sigma**2 / 2)
@@ -115,7 +115,7 @@ class Exponential(Compute):
 
     def __init__(self, mean: float = 0.1, jitter: float = 0.0, jitter_law: str = "lognormal") -> None:
         super().__init__(jitter, jitter_law)
-        self.mean = number("mean", mean, above=0)
+        self.mean = seconds("mean", mean, above=0)
 
     def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
         return self.mean * draw.exponential()

@@ -7,7 +7,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.checks import number, one_of
+from fedsim.checks import number, one_of, seconds
 from fedsim.kernel import to_ns
 from fedsim.rng import Randomness
 from fedsim.system.base import Ids
@@ -46,7 +46,7 @@ class Faults:
         self.dropout = number("dropout", dropout, least=0, most=1)
         self.when = one_of("when", when, (*_STAGES, "any"))
         self.on_offline = None if on_offline is None else one_of("on_offline", on_offline, ("finish", "lose", "pause"))
-        self.detect = number("detect", detect, least=0)
+        self.detect = seconds("detect", detect, least=0)
         self.detect_ns = to_ns(self.detect)
         """``detect`` in nanoseconds."""
 

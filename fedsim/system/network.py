@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.checks import number
+from fedsim.checks import number, seconds
 from fedsim.kernel import to_ns
 from fedsim.rng import Draw, Randomness
-from fedsim.system.base import Ids, Nanoseconds, nanoseconds
+from fedsim.system.base import WIDEST, Ids, Nanoseconds, nanoseconds
 
 BYTES_PER_MEGABIT = 125_000
 
@@ -40,7 +40,7 @@ class Network(ABC):
     """Client to server, ``[clients]``."""
 
     def __init__(self, latency: float = 0.0) -> None:
-        self.latency = number("latency", latency, least=0)
+        self.latency = seconds("latency", latency, least=0)
         self._latency_ns = to_ns(self.latency)
 
     @abstractmethod
@@ -126,7 +126,7 @@ class Lognormal(Network):
         super().__init__(latency)
         self.down_mbps = number("down", down, above=0)
         self.up_mbps = number("up", up, above=0)
-        self.sigma = number("sigma", sigma, least=0)
+        self.sigma = number("sigma", sigma, least=0, most=WIDEST)
 
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Draw every client's bandwidths, keyed by (seed, direction, client)."""
