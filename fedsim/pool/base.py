@@ -35,3 +35,12 @@ class Pool(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back everything that :meth:`open` took."""
+
+
+LARGEST_GROUP = 10
+"""Most tasks trained together unless told otherwise: a larger working set leaves the processor's cache."""
+
+
+def group_size(tasks: int, workers: int) -> int:
+    """How many tasks to train together so that no worker stands idle."""
+    return max(1, min(LARGEST_GROUP, -(-tasks // workers)))

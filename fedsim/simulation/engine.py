@@ -213,8 +213,8 @@ class Simulation(Federation):
         Raises:
             SimulationError: if the run cannot go on.
         """
-        self.pool.open(self.problem, self.strategy.jobs, self.randomness)
         try:
+            self.pool.open(self.problem, self.strategy.jobs, self.randomness)
             self._begin()
             while self.stopped is None:
                 self._advance()
