@@ -12,6 +12,7 @@ import torch
 from fedsim.checks import ConfigError, number, whole
 from fedsim.pool import InlinePool, Pool
 from fedsim.problems.base import Problem
+from fedsim.record import check_free
 from fedsim.recording import Recording, Run
 from fedsim.rng import Randomness
 from fedsim.simulation import Simulation, Stop
@@ -72,14 +73,25 @@ def simulate(
     with _one_thread():
         sim = _assemble(strategy, problem, system, pool, stop, seed, clients, cohort, eval_every)
         described = _describe(sim, seed) if config is None else config
-        recording = Recording(out, overwrite, described, labels)
-        observers = [recording.tick] if observer is None else [recording.tick, observer]
+        if isinstance(out, (str, Path)):
+            check_free(Path(out), overwrite)
+        pool.open(problem, strategy.jobs, sim.randomness)  # before anything is written: there may be no cluster
         try:
-            sim.run(observers)
-        except BaseException as error:
-            recording.fail(sim, error)
-            raise
-        return recording.finish(sim, {"name": pool.name, "group": getattr(pool, "group", None)})
+            recording = Recording(out, overwrite, described, labels)
+            return _recorded(sim, recording, observer)
+        finally:
+            pool.close()
+
+
+def _recorded(sim: Simulation, recording: Recording, observer: Observer | None) -> Run:
+    observers = [recording.tick] if observer is None else [recording.tick, observer]
+    sim.strategy.__dict__["_served"] = True  # not an attribute of the class: subclasses need not call super().__init__
+    try:
+        sim.run(observers)
+    except BaseException as error:
+        recording.fail(sim, error)
+        raise
+    return recording.finish(sim, {"name": sim.pool.name, "group": getattr(sim.pool, "group", None)})
 
 
 def _assemble(
@@ -95,7 +107,7 @@ def _assemble(
 ) -> Simulation:
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy={strategy!r}: must be a fedsim.Strategy object")
-    if strategy.__dict__.setdefault("_served", False):
+    if getattr(strategy, "_served", False):
         raise ConfigError("strategy: this object has served a run already and holds its state; make a new one")
     clients = whole("clients", clients, least=1, most=MOST_CLIENTS)
     cohort = whole("cohort", cohort, least=1)
@@ -107,7 +119,6 @@ def _assemble(
         rule.check(clients)
     if stop.target is not None:
         check_target(problem, stop.target, eval_every)
-    strategy.__dict__["_served"] = True
     return Simulation(strategy, problem, system, pool, stop, randomness, min(cohort, clients), eval_every)
 
 

@@ -116,9 +116,31 @@ def test_the_object_store_holds_no_version_that_nobody_needs() -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_too_many_workers_for_the_ray_that_runs() -> None:
+def test_too_many_workers_for_the_ray_that_runs_and_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(fedsim.ConfigError, match="workers=4: the Ray it runs on has 3 cores"):
-        run(RayPool(4))
+        fedsim.simulate(fedsim.Asynchronous(), fedsim.Quadratic(), pool=RayPool(4), out=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("cluster")
+def test_results_nobody_asks_for_are_not_kept() -> None:
+    pool, kept = RayPool(2), []
+
+    def watch(_: object) -> None:
+        kept.append(len(pool._results) + len(pool._due))
+
+    # Over-selection cancels every straggler, trained or not; drop-outs are never trained.
+    fedsim.simulate(
+        FedAvg(over_selection=2.0),
+        fedsim.Quadratic(),
+        fedsim.System(Lognormal(jitter=0.5), faults=Faults(dropout=0.2)),
+        pool,
+        fedsim.Stop(rounds=15),
+        clients=30,
+        observer=watch,
+    )
+    assert max(kept) <= 20
+    assert pool._due == set()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1"])

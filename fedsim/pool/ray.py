@@ -87,7 +87,8 @@ class RayPool(Pool):
         self._queue: deque[Group] = deque()
         self._running: dict[Any, Group] = {}
         self._results: dict[int, Result] = {}
-        self._unwanted: set[int] = set()
+        self._due: set[int] = set()
+        """Tasks whose result is still to come and will be asked for."""
         self._stored: dict[int, tuple[Tensor, Any, int]] = {}
         """Tensors in the object store by identity: the tensor, its reference, how many groups still need it."""
 
@@ -101,13 +102,20 @@ class RayPool(Pool):
         """
         if self._ray is not None:
             raise ConfigError("pool: this pool is in use by another run; give every run its own")
-        self._ray = ray = _import_ray()
-        self._start(ray)
+        self._ray = _import_ray()
+        try:
+            self._start(self._ray)
+            self._employ(self._ray, _pickled_with_user_code((problem, dict(jobs), randomness)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _employ(self, ray: Any, code: bytes) -> None:
+        """Start the workers."""
         cores = int(ray.cluster_resources().get("CPU", 1))
         count = self.workers or max(1, cores)
         if count > cores:
             raise ConfigError(f"pool.workers={count}: the Ray it runs on has {cores} cores")
-        code = _pickled_with_user_code((problem, dict(jobs), randomness))
         self._shared = ray.put(np.frombuffer(code, dtype=np.uint8))
         actor = ray.remote(Worker).options(
             num_cpus=1, num_gpus=self.gpus_per_worker, max_restarts=-1, max_task_retries=-1
@@ -144,7 +152,7 @@ class RayPool(Pool):
         self._queue.clear()
         self._running.clear()
         self._results.clear()
-        self._unwanted.clear()
+        self._due.clear()
         self._stored.clear()
         if self._started:
             ray.shutdown()
@@ -154,6 +162,7 @@ class RayPool(Pool):
 
     def submit(self, works: Sequence[Work]) -> None:
         """Cut into groups and hand them out, the longest first."""
+        self._due.update(work.task for work in works)
         size = self.group or group_size(len(works), len(self._actors))
         ordered = sorted(works, key=lambda work: (-work.steps, work.task))
         # Dealt like cards, so that groups are about equally long.
@@ -179,8 +188,8 @@ class RayPool(Pool):
 
     def forget(self, task: int) -> None:
         """Drop the result, or what will come of it."""
-        if self._results.pop(task, None) is None:
-            self._unwanted.add(task)
+        self._due.discard(task)
+        self._results.pop(task, None)
 
     def _hand_out(self) -> None:
         while self._queue:
@@ -229,9 +238,8 @@ class RayPool(Pool):
         for tensor in group.kept:
             self._release(tensor)
         for work, result in zip(group.works, results.unpacked(), strict=True):
-            if work.task in self._unwanted:
-                self._unwanted.discard(work.task)
-            else:
+            if work.task in self._due:
+                self._due.discard(work.task)
                 self._results[work.task] = result
 
     # ---- the object store ------------------------------------------------------------------------

@@ -208,22 +208,18 @@ class Simulation(Federation):
     # ---- the run ---------------------------------------------------------------------------------
 
     def run(self, observers: Sequence[Callable[[Simulation], None]] = ()) -> None:
-        """Run to the end; ``observers`` are called with the simulation at the end of every instant.
+        """Run to the end, on a pool that is open; ``observers`` are called at the end of every instant.
 
         Raises:
             SimulationError: if the run cannot go on.
         """
-        try:
-            self.pool.open(self.problem, self.strategy.jobs, self.randomness)
-            self._begin()
-            while self.stopped is None:
-                self._advance()
-                for observer in observers:
-                    observer(self)
-            self.close()
-            self.evaluation.final()
-        finally:
-            self.pool.close()
+        self._begin()
+        while self.stopped is None:
+            self._advance()
+            for observer in observers:
+                observer(self)
+        self.close()
+        self.evaluation.final()
 
     def close(self, failed: int | None = None) -> None:
         """Decide what is still open: ``pending``, and ``failed`` for the task that ended the run."""
