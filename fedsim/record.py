@@ -6,9 +6,11 @@ one table, and a killed run leaves readable ones. Hashes are over column values 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -152,18 +154,28 @@ class RunDirectory:
     FLUSH_SECONDS = 2.0
 
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.normpath(path))
         self._written: dict[str, int] = {}
         self._parts: dict[str, int] = {}
         check_free(self.path, overwrite)
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
         try:
-            if self.path.exists():
+            if self.path.exists() and any(self.path.iterdir()):
                 self.path.rename(aside)  # so that two runs cannot both take it, and no half of it is ever seen
-            self.path.mkdir(parents=True)
-            shutil.rmtree(aside, ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / MARKER, "x")  # noqa: SIM115 - held as long as the run writes here
+            self._lock.write("A run of fedsim; overwrite=true may replace this directory.\n")
+            self._lock.flush()
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if aside.exists() and not self.path.exists():
+                aside.rename(self.path)
             raise ConfigError(f"out={self.path}: cannot be written: {error.strerror or error}") from None
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def close(self) -> None:
+        """Writing is over: the directory may be replaced."""
+        self._lock.close()
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file, complete or not at all."""
@@ -210,13 +222,15 @@ class RunDirectory:
         os.replace(draft, folder / "part-000000.parquet")
 
 
-RUN_FILES = frozenset(
-    (
-        "config.yaml", "manifest.json", "summary.json", "run.log", "model.safetensors", "checkpoint",
-        *(f"{table}.parquet" for table in ("metrics", "events", "clients", "links")),
-    )
+MARKER = ".fedsim-run"
+"""The file that makes a directory a run's, and is locked while the run writes there."""
+
+RUN_FILES = (
+    MARKER, "config.yaml", "manifest.json", "summary.json", "run.log", "model.safetensors", "checkpoint",
+    *(f"{table}.parquet" for table in ("metrics", "events", "clients", "links")),
+    *(f"report.{kind}" for kind in ("png", "pdf", "csv", "md")),
 )  # fmt: skip
-"""All that a run's directory may hold, drafts apart."""
+"""All that a run's directory may hold, drafts of these apart."""
 
 
 def check_free(path: Path, overwrite: bool) -> None:
@@ -225,21 +239,39 @@ def check_free(path: Path, overwrite: bool) -> None:
     Raises:
         ConfigError: naming ``out``.
     """
-    if str(path) in ("", "."):
-        raise ConfigError(f"out={path}: is the working directory, give one of its own to the run")
+    path = Path(os.path.normpath(path))
+    if path.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise ConfigError(f"out={path}: is the working directory or above it, give the run one of its own")
     try:
         if not path.exists() and not path.is_symlink():
             return
         if path.is_symlink() or not path.is_dir():
             raise ConfigError(f"out={path}: is not a directory, give one that does not exist yet")
-        names = {entry.name for entry in path.iterdir() if not entry.name.endswith(".draft")}
+        if not any(path.iterdir()):
+            return
+        if not overwrite:
+            raise ConfigError(f"out={path}: exists already, give another directory or overwrite=true")
+        why = _not_only_a_run(path)
     except OSError as error:
         raise ConfigError(f"out={path}: cannot be used: {error.strerror}") from None
-    if not names:
-        return
-    if not overwrite:
-        raise ConfigError(f"out={path}: exists already, give another directory or overwrite=true")
-    foreign = sorted(names - RUN_FILES)
-    if foreign or not {"config.yaml", "run.log"} <= names or path.resolve() in (Path.cwd(), *Path.cwd().parents):
-        found = f" (it holds {foreign[0]})" if foreign else ""
-        raise ConfigError(f"out={path}: is not a run's directory{found}, so overwrite=true will not delete it")
+    if why:
+        raise ConfigError(f"out={path}: {why}, so overwrite=true will not delete it")
+
+
+def _not_only_a_run(path: Path) -> str:
+    """Why a directory may not be deleted: it is no run's, holds something else, or is being written to."""
+    if not (path / MARKER).is_file():
+        return f"is not a run's directory (it has no {MARKER})"
+    ours = {*RUN_FILES, *(f".{name}.draft" for name in RUN_FILES), ".model.draft"}
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+    for table in path.glob("*.parquet"):
+        parts = re.compile(r"part-\d{6}\.parquet|\.part-\d{6}\.draft")
+        foreign += [f"{table.name}/{entry.name}" for entry in table.iterdir() if not parts.fullmatch(entry.name)]
+    if foreign:
+        return f"is not only a run's directory (it holds {foreign[0]})"
+    with open(path / MARKER) as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return "is being written by another run"
+    return ""

@@ -106,11 +106,13 @@ class Recording:
         self.close()
 
     def close(self) -> None:
-        """Let go of ``run.log``."""
+        """Let go of ``run.log`` and of the directory."""
         if self._handler is not None:
             logger.removeHandler(self._handler)
             self._handler.close()
             self._handler = None
+        if self.directory is not None:
+            self.directory.close()
 
     def finish(self, sim: Simulation, pool: Mapping[str, Any]) -> Run:
         """Write everything and give it back."""

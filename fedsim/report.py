@@ -126,7 +126,8 @@ def ask(groups: Groups, *, metric: str | None = None, target: float | None = Non
             raise ConfigError(f"report: the runs have none of {', '.join(DEFAULTS)} in common; name one with --metric")
         if metric is None:  # nothing was learnt: how long and how many bytes so many rounds took
             rounds = min(float(run.column("round")[-1]) for run in runs)
-            return Question("round", "round", rounds if target is None else number("target", target), target is None)
+            wanted = (rounds or None) if target is None else number("target", target)
+            return Question("round", "round", wanted, chosen=target is None)
     elif metric not in common:
         raise ConfigError(f"metric={metric}: not in the metrics of every run, {nearest(metric, common)}")
     judged = f"val_{metric}" if f"val_{metric}" in common else metric

@@ -59,6 +59,8 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"{word}: unknown flag, {nearest(word, (*MULTIRUN, '--cfg', '--help'))}")
         else:
             overrides.append(word)
+    if multirun and show:
+        raise ConfigError("--cfg: shows one configuration, not a sweep; leave out -m")
     if multirun:
         return _sweep(overrides)
     return _show(overrides) if show else _single(overrides)
@@ -157,6 +159,9 @@ def _check_members(composed: list[Composed], names: list[str], folder: Path | No
     """
     if folder is not None and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
         raise ConfigError(f"out={folder}: is not a directory")
+    log = None if folder is None else folder / "multirun.yaml"
+    if log is not None and log.exists() and not composed[0][0]["overwrite"]:
+        raise ConfigError(f"out={folder}: holds the {log.name} of a sweep, give another directory or overwrite=true")
     seen = set()
     for (config, choices), name in zip(composed, names, strict=True):
         assembly = Assembly({**config, "out": None if folder is None else str(folder / name)}, choices)

@@ -188,6 +188,30 @@ def test_whole_numbers_may_be_written_as_floats(folder: Path) -> None:
     assert floats["model_sha256"] == ints["model_sha256"]
 
 
+def test_overwrite_deletes_nothing_but_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *QUICK, "out=a"]) == 0
+    assert main(["report", "a", "--out", "a"]) == 0  # what we put there ourselves may go
+    assert main(["run", *QUICK, "out=b/../a/.", "overwrite=true"]) == 0
+    for stray in ("notes.txt", "events.parquet/notes.csv", ".notes.draft"):
+        (folder / "a" / stray).write_text("mine")
+        assert main(["run", *QUICK, "out=a", "overwrite=true"]) == 2
+        assert f"it holds {stray}" in capsys.readouterr().err
+        (folder / "a" / stray).unlink()
+    assert main(["run", *QUICK, "out=a", "overwrite=true"]) == 0
+    assert sorted(os.listdir(folder)) == ["a"]
+
+
+def test_two_runs_cannot_write_to_one_directory(folder: Path) -> None:
+    from fedsim.checks import ConfigError
+    from fedsim.record import RunDirectory
+
+    first = RunDirectory("same")
+    with pytest.raises(ConfigError, match="is being written by another run"):
+        RunDirectory("same", overwrite=True)
+    first.close()
+    RunDirectory("same", overwrite=True).close()
+
+
 def test_runs_started_in_the_same_second_do_not_collide(folder: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
@@ -307,8 +331,15 @@ WRONG = {
     "out=ok.npz": "out=ok.npz: is not a directory",
     "out=.": "is the working directory",
     "out=": "is the working directory",
-    "out=..  overwrite=true": "is not a run's directory",
-    "out=like_ours overwrite=true": "it holds thesis.txt",
+    "out=.. overwrite=true": "is the working directory or above it",
+    "out=like_ours overwrite=true": "is not a run's directory (it has no .fedsim-run)",
+    "out=new/..": "is the working directory or above it",
+    "out=drafts": "exists already",
+    "-m --cfg job seed=0,1": "--cfg: shows one configuration",
+    "-m seed=0,1 out=taken": "holds the multirun.yaml of a sweep",
+    "pool=ray pool.gpus_per_worker=1.5": "pool.gpus_per_worker=1.5: must be a fraction",
+    "pool=ray pool.workers=1e12": "must be a whole number from 1 to 4096",
+    "pool=ray pool.address=127.0.0.1:1": "pool.address=127.0.0.1:1: no Ray there",
     f"out={'x' * 300}": "File name too long",
     "time_limit=1e300": "time_limit=1e+300: must be a number > 0 and <= 1e+09",
     "strategy.deadline=1e300": "strategy.deadline=1e+300: must be a number",
@@ -353,7 +384,10 @@ def test_wrong_configuration(arguments: str, folder: Path, capsys: pytest.Captur
     (folder / "like_ours").mkdir()
     for name in ("config.yaml", "run.log", "thesis.txt"):
         (folder / "like_ours" / name).write_text("a: 1\n")
+    (folder / "drafts").mkdir()
+    (folder / "drafts/chapter.draft").write_text("precious")
     (folder / "taken").mkdir()
+    (folder / "taken/multirun.yaml").write_text("mine")
     (folder / "taken/precious.txt").write_text("keep me")
     before = sorted(os.listdir(folder))
     assert main(["run", *arguments.split()]) == 2

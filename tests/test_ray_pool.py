@@ -100,6 +100,46 @@ def test_client_code_that_raises_is_named_as_inline() -> None:
         assert piece in texts[0]
 
 
+class Deadly(fedsim.LocalSGD):
+    def direction(self, ctx: fedsim.Context, x: torch.Tensor, batch: object) -> torch.Tensor:
+        if ctx.clients[0] == 3:
+            os._exit(1)
+        return super().direction(ctx, x, batch)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_client_code_that_kills_its_worker_every_time_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.pool.ray.RETRIES", 1)
+    with pytest.raises(fedsim.SimulationError, match="Ray worker 0 failed"):
+        run(RayPool(1), rounds=20, local=Deadly(steps=3))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_too_many_gpus_are_refused() -> None:
+    with pytest.raises(fedsim.ConfigError, match="2 workers need 2 GPUs, Ray has 0"):
+        run(RayPool(2, gpus_per_worker=1))
+
+
+@pytest.mark.parametrize("group", [1, None])
+@pytest.mark.usefixtures("cluster")
+def test_an_error_in_a_task_nobody_waits_for_ends_no_run(group: int | None) -> None:
+    def outcome(pool: Pool) -> tuple[str, str]:
+        strategy = FedAvg(Broken(steps=3), over_selection=3.0)
+        speeds = Lognormal(sigma=2.0)
+        problem = fedsim.Quadratic()
+        return hashes(fedsim.simulate(strategy, problem, fedsim.System(speeds), pool, fedsim.Stop(rounds=1), seed=seed))
+
+    # A seed with which client 3 is asked, and called back before it answers.
+    for seed in range(40):
+        whole = fedsim.simulate(
+            FedAvg(over_selection=3.0), fedsim.Quadratic(), fedsim.System(Lognormal(sigma=2.0)), seed=seed,
+            stop=fedsim.Stop(rounds=1),
+        )  # fmt: skip
+        if (whole.events[whole.events.client == 3].outcome == "cancelled").any():
+            break
+    assert outcome(InlinePool()) == outcome(RayPool(2, group=group))
+
+
 @pytest.mark.usefixtures("cluster")
 def test_the_object_store_holds_no_version_that_nobody_needs() -> None:
     pool = RayPool(2)

@@ -26,6 +26,7 @@ from fedsim.system import availability, compute, faults, network
 OUTCOMES = {"applied", "late", "rejected", "dropped", "interrupted", "cancelled", "failed", "pending"}
 TIMES = ["dispatched", "started", "computed", "upload_started", "arrived"]
 FILES = {
+    ".fedsim-run",
     "config.yaml",
     "manifest.json",
     "metrics.parquet",

@@ -26,7 +26,11 @@ class Pool(ABC):
 
     @abstractmethod
     def result(self, task: int) -> Result:
-        """Wait for a submitted task's result and hand it over (once)."""
+        """Wait for a submitted task's result and hand it over (once).
+
+        Raises:
+            TaskError: if client code raised.
+        """
 
     @abstractmethod
     def forget(self, task: int) -> None:

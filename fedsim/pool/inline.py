@@ -47,7 +47,7 @@ class InlinePool(Pool):
 
     def result(self, task: int) -> Result:
         """The result trained at ``submit``."""
-        return self._results.pop(task)
+        return self._results.pop(task).checked()
 
     def forget(self, task: int) -> None:
         """Drop the result if there is one."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import socket
 import sys
 from collections import deque
@@ -22,10 +23,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedsim.checks import ConfigError, SimulationError, TaskError, number, optional_whole
+from fedsim.checks import ConfigError, SimulationError, number, optional_whole
 from fedsim.local import LocalSGD
 from fedsim.pool.base import Pool, group_size
-from fedsim.pool.worker import Failure, Parcel, Stored, Worker
+from fedsim.pool.worker import Parcel, Stored, Worker
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training import Result, Work
@@ -34,6 +35,9 @@ logger = logging.getLogger("fedsim")
 
 QUEUED = 2
 """Groups handed to a worker at a time: one in training, one on the way."""
+
+RETRIES = 5
+"""Deaths of its worker that a group survives: client code that always kills it must not be tried for ever."""
 
 CONNECT_SECONDS = 5.0
 """How long a cluster's head may take to accept a connection."""
@@ -72,9 +76,11 @@ class RayPool(Pool):
         gpus_per_worker: float = 0.0,
         group: int | None = None,
     ) -> None:
-        self.workers = optional_whole("workers", workers, least=1)
+        self.workers = optional_whole("workers", workers, least=1, most=4096)
         self.address = address
-        self.gpus_per_worker = number("gpus_per_worker", gpus_per_worker, least=0)
+        self.gpus_per_worker = number("gpus_per_worker", gpus_per_worker, least=0, most=8)
+        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+            raise ConfigError(f"gpus_per_worker={gpus_per_worker}: must be a fraction of one GPU or a whole number")
         self.group = optional_whole("group", group, least=1)
         self.restarts = 0
         """Workers that died and came back."""
@@ -116,9 +122,13 @@ class RayPool(Pool):
         count = self.workers or max(1, cores)
         if count > cores:
             raise ConfigError(f"pool.workers={count}: the Ray it runs on has {cores} cores")
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if count * self.gpus_per_worker > gpus:
+            needed = f"{count} workers need {count * self.gpus_per_worker:g} GPUs"
+            raise ConfigError(f"pool.gpus_per_worker={self.gpus_per_worker:g}: {needed}, Ray has {gpus:g}")
         self._shared = ray.put(np.frombuffer(code, dtype=np.uint8))
         actor = ray.remote(Worker).options(
-            num_cpus=1, num_gpus=self.gpus_per_worker, max_restarts=-1, max_task_retries=-1
+            num_cpus=1, num_gpus=self.gpus_per_worker, max_restarts=-1, max_task_retries=RETRIES
         )
         self._actors = [actor.remote() for _ in range(count)]
         self._processes, self._load = [0] * count, [0] * count
@@ -184,7 +194,7 @@ class RayPool(Pool):
         """
         while task not in self._results:
             self._wait()
-        return self._results.pop(task)
+        return self._results.pop(task).checked()
 
     def forget(self, task: int) -> None:
         """Drop the result, or what will come of it."""
@@ -228,8 +238,6 @@ class RayPool(Pool):
         self._hand_out()
 
     def _take(self, group: Group, answer: Any) -> None:
-        if isinstance(answer, Failure):
-            raise TaskError(answer.text, answer.task)
         process, results = answer
         if self._processes[group.worker] not in (0, process):
             self.restarts += 1
@@ -237,7 +245,7 @@ class RayPool(Pool):
         self._processes[group.worker] = process
         for tensor in group.kept:
             self._release(tensor)
-        for work, result in zip(group.works, results.unpacked(), strict=True):
+        for work, result in zip(group.works, results.unpacked([work.task for work in group.works]), strict=True):
             if work.task in self._due:
                 self._due.discard(work.task)
                 self._results[work.task] = result
@@ -305,6 +313,8 @@ def _pickled_with_user_code(value: Any) -> bytes:
         cloudpickle.register_pickle_by_value(module)
     try:
         data: bytes = cloudpickle.dumps(value)
+    except (TypeError, AttributeError, pickle.PicklingError) as error:
+        raise ConfigError(f"pool=ray: the problem or a local rule cannot be sent to workers: {error}") from None
     finally:
         for module in ours:
             cloudpickle.unregister_pickle_by_value(module)

@@ -55,6 +55,8 @@ class Results:
     state: list[dict[str, NDArray[Any]]]
     steps: list[int]
     group: int
+    errors: dict[int, str]
+    """What client code said, by position in the group."""
 
     @classmethod
     def of(cls, results: Sequence[Result]) -> Results:
@@ -64,23 +66,17 @@ class Results:
             state=_stacked([result.state for result in results]),
             steps=[result.steps for result in results],
             group=len(results),
+            errors={position: str(each.error) for position, each in enumerate(results) if each.error is not None},
         )
 
-    def unpacked(self) -> list[Result]:
-        """The results, in memory of their own."""
+    def unpacked(self, tasks: Sequence[int]) -> list[Result]:
+        """The results of these tasks, in memory of their own."""
         payload, state = _rows(self.payload, len(self.steps)), _rows(self.state, len(self.steps))
+        errors = [TaskError(self.errors[i], task) if i in self.errors else None for i, task in enumerate(tasks)]
         return [
-            Result(one_payload, one_state, steps, self.group)
-            for one_payload, one_state, steps in zip(payload, state, self.steps, strict=True)
+            Result(one_payload, one_state, steps, self.group, error)
+            for one_payload, one_state, steps, error in zip(payload, state, self.steps, errors, strict=True)
         ]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Client code raised."""
-
-    text: str
-    task: int
 
 
 class Worker:
@@ -90,9 +86,7 @@ class Worker:
         torch.set_num_threads(1)
         self._trainer: GeneralTrainer | None = None
 
-    def train(
-        self, parcels: list[Parcel], shared: NDArray[np.uint8], *arrays: NDArray[Any]
-    ) -> tuple[int, Results] | Failure:
+    def train(self, parcels: list[Parcel], shared: NDArray[np.uint8], *arrays: NDArray[Any]) -> tuple[int, Results]:
         """Train a group.
 
         Args:
@@ -102,16 +96,12 @@ class Worker:
             arrays: what the parcels' :class:`Stored` tensors stand for.
 
         Returns:
-            This process's id and the results, or what client code raised.
+            This process's id and the results.
         """
         if self._trainer is None:
             self._trainer = GeneralTrainer(*pickle.loads(shared.tobytes()))
         tensors = [torch.tensor(array) for array in arrays]
-        try:
-            results = self._trainer.train([parcel.unpacked(tensors) for parcel in parcels])
-        except TaskError as error:
-            return Failure(str(error), error.task)
-        return os.getpid(), Results.of(results)
+        return os.getpid(), Results.of(self._trainer.train([parcel.unpacked(tensors) for parcel in parcels]))
 
 
 def _stacked(rows: Sequence[dict[str, Tensor]]) -> list[dict[str, NDArray[Any]]]:

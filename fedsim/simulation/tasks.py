@@ -150,10 +150,8 @@ def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
     compute_time = system.compute.durations(clients, steps, nth)
     longest = max(int(each.max()) for each in (down_time, compute_time, up_time))
     if longest >= LONGEST or now >= LONGEST:
-        raise SimulationError(
-            f"at {now / NS:.6g} s of virtual time a task lasts {longest / NS:.6g} s or more: "
-            f"the clock ends at {LONGEST / NS:.4g} s (36 years)"
-        )
+        what = f"it is {now / NS:.6g} s" if now >= LONGEST else f"a task lasts {longest / NS:.6g} s or more"
+        raise SimulationError(f"{what}: the clock ends at {LONGEST / NS:.4g} s of virtual time (36 years)")
     started = now + down_time
     computed = started + compute_time
     arrived = np.maximum(computed + up_time, now + 1)

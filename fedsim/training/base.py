@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedsim.checks import TaskError
+
 
 @dataclass(slots=True)
 class Work:
@@ -34,6 +36,19 @@ class Result:
     steps: int
     group: int = 1
     """How many tasks were trained together."""
+    error: TaskError | None = None
+    """What client code raised. It is raised when the result is asked for and not before, so that a task nobody
+    waits for any more cannot end a run."""
+
+    def checked(self) -> Result:
+        """The result itself.
+
+        Raises:
+            TaskError: if client code raised.
+        """
+        if self.error is not None:
+            raise self.error
+        return self
 
 
 class Trainer(ABC):
@@ -41,8 +56,4 @@ class Trainer(ABC):
 
     @abstractmethod
     def train(self, group: Sequence[Work]) -> list[Result]:
-        """The results of a group, in its order.
-
-        Raises:
-            TaskError: if client code raised; names client, task and step.
-        """
+        """The results of a group, in its order; a task whose client code raised has an ``error``."""

@@ -76,12 +76,15 @@ class GeneralTrainer(Trainer):
         context = SingleContext(work, rule, self.problem, self.randomness)
         try:
             payload = rule.run(context)
-        except Exception as error:
-            raise TaskError(
-                f"{type(rule).__name__} raised {type(error).__name__}: {error} "
+        except (Exception, SystemExit) as error:
+            said = str(error).partition("\n")[0]
+            failure = TaskError(
+                f"{type(rule).__name__} raised {type(error).__name__}: {said} "
                 f"(client {work.client}, task {work.task}, job '{work.job}', local step {context.step + 1})",
                 work.task,
-            ) from error
+            )
+            failure.__cause__ = error
+            return Result({}, {}, 0, group, failure)
         taken: set[int] = set()
         return Result(
             payload={name: _own(tensor[0].detach(), taken) for name, tensor in payload.items()},
