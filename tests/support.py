@@ -1,11 +1,14 @@
-"""Devices the tests script by hand."""
+"""Devices and strategies the tests script by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
+import fedsim
+from fedsim.data import Iid, NpzFile
 from fedsim.kernel import to_ns
+from fedsim.problems.models import Logistic
 from fedsim.rng import Draw, Randomness
 from fedsim.system import availability, compute
 
@@ -41,3 +44,73 @@ class Given(compute.Compute):
 
     def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
         return np.array(self.seconds, dtype=np.float64)
+
+
+ONE_STEP = fedsim.LocalSGD(steps=1)
+
+
+class Hooks(fedsim.Strategy):
+    """A strategy made of functions, for tests only: ``Hooks(start=lambda self, fed: ...)``."""
+
+    def __init__(self, local=ONE_STEP, **handlers):
+        super().__init__(local)
+        self.handlers, self.log = handlers, []
+
+    def call(self, name, fed, *what):
+        if name in self.handlers:
+            self.handlers[name](self, fed, *what)
+
+    def start(self, fed):
+        self.call("start", fed)
+
+    def on_reply(self, fed, reply):
+        self.call("on_reply", fed, reply)
+
+    def settle(self, fed):
+        self.call("settle", fed)
+
+    def on_timer(self, fed, timer):
+        self.call("on_timer", fed, timer)
+
+    def on_lost(self, fed, task, why):
+        self.call("on_lost", fed, task, why)
+
+    def on_online(self, fed, client):
+        self.call("on_online", fed, client)
+
+    def on_message(self, fed, src, dst, payload, tag):
+        self.call("on_message", fed, src, dst)
+
+    def message(self, fed, task):
+        return self.handlers["message"](self, fed, task) if "message" in self.handlers else {}
+
+    def views(self, fed):
+        return self.handlers["views"](self, fed) if "views" in self.handlers else super().views(fed)
+
+
+def simulate(strategy, stop=None, problem=None, **more):
+    system = fedsim.System(
+        more.pop("compute", compute.Constant(mean=1.0)),
+        more.pop("network", None),
+        more.pop("availability", None),
+        more.pop("faults", None),
+    )
+    return fedsim.simulate(strategy, problem or fedsim.ScheduleOnly(1000), system, stop=stop, **more)
+
+
+def apply(self, fed, reply):
+    """An ``on_reply`` that takes every result and leaves the model as it is."""
+    fed.publish(fed.model, used=[reply])
+
+
+def tiny(tmp_path, examples, clients):
+    """Classification with ``examples`` training examples, dealt out to ``clients`` clients."""
+    rng = np.random.default_rng(3)
+    np.savez(
+        tmp_path / "tiny.npz",
+        x_train=rng.normal(size=(examples, 4)).astype(np.float32),
+        y_train=np.arange(examples) % 2,
+        x_test=rng.normal(size=(6, 4)).astype(np.float32),
+        y_test=np.arange(6) % 2,
+    )
+    return fedsim.Classification(NpzFile(str(tmp_path / "tiny.npz")), Logistic(), Iid(), validation=0.0)
