@@ -14,19 +14,20 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fedsim.checks import ConfigError, SimulationError, number, optional_whole
 from fedsim.local import LocalSGD
 from fedsim.pool.base import Pool, group_size
-from fedsim.pool.worker import Parcel, Stored, Worker
+from fedsim.pool.worker import Parcel, Worker
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training import Result, Work
@@ -298,11 +299,8 @@ def _shared_tensors(works: Sequence[Work]) -> list[Tensor]:
 
 
 def _parcel(work: Work, slots: Mapping[int, int]) -> Parcel:
-    message = {name: Stored(slots[id(tensor)]) for name, tensor in work.message.items()}
-    return Parcel(
-        work.task, work.client, work.nth, work.job, Stored(slots[id(work.start)]), message, work.state, work.lr,
-        work.steps,
-    )  # fmt: skip
+    rest = replace(work, start=torch.empty(0), message={})
+    return Parcel(rest, slots[id(work.start)], {name: slots[id(each)] for name, each in work.message.items()})
 
 
 def _pickled_with_user_code(value: Any) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,34 +17,19 @@ from fedsim.checks import TaskError
 from fedsim.training import GeneralTrainer, Result, Work
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor that lies in the object store: its place among the references sent along."""
-
-    slot: int
-
-
 @dataclass(slots=True)
 class Parcel:
-    """A :class:`Work` with its shared tensors replaced by references."""
+    """A :class:`Work` whose shared tensors lie in the object store: their places among the references sent along."""
 
-    task: int
-    client: int
-    nth: int
-    job: str
-    start: Stored
-    message: dict[str, Stored]
-    state: dict[str, Tensor]
-    lr: float
-    steps: int
+    work: Work
+    """The rest of it, with an empty start and no message."""
+    start: int
+    message: dict[str, int]
 
     def unpacked(self, tensors: Sequence[Tensor]) -> Work:
         """The work itself."""
-        message = {name: tensors[stored.slot] for name, stored in self.message.items()}
-        return Work(
-            self.task, self.client, self.nth, self.job, tensors[self.start.slot], message, self.state, self.lr,
-            self.steps,
-        )  # fmt: skip
+        message = {name: tensors[slot] for name, slot in self.message.items()}
+        return replace(self.work, start=tensors[self.start], message=message)
 
 
 @dataclass(slots=True)
@@ -93,7 +78,7 @@ class Worker:
             parcels: the tasks.
             shared: the pickled problem, jobs and randomness; unpickled once in a worker's life. It comes with
                 every call, by reference, because a restarted worker knows nothing.
-            arrays: what the parcels' :class:`Stored` tensors stand for.
+            arrays: the shared tensors, in the parcels' places.
 
         Returns:
             This process's id and the results.
