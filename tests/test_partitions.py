@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import betabinom, chisquare
 
 from fedsim.checks import ConfigError
-from fedsim.data.partitions import Dirichlet, Iid, Partition, Shard, _topped_up
+from fedsim.data.partitions import Dirichlet, Divided, Drawn, Iid, Partition, Sampled, Shard, Spread, _topped_up
 from fedsim.rng import Randomness
 
 BALANCED = np.arange(6000) % 10
 
 
-def table(parts: list[NDArray[np.int64]], labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+def parts_of(spread: Spread) -> list[NDArray[np.int64]]:
+    """The positions each client holds."""
+    return [spread.of(client) for client in range(len(spread.sizes))]
+
+
+def table(spread: Spread, labels: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
     """``[clients, classes]`` counts."""
-    return np.stack([np.bincount(labels[part], minlength=classes) for part in parts])
+    return np.stack([np.bincount(labels[part], minlength=classes) for part in parts_of(spread)])
 
 
 @st.composite
@@ -38,7 +46,10 @@ def cases(draw: st.DrawFn) -> tuple[Partition, NDArray[np.int64], int, int]:
 @given(cases(), st.integers(0, 2**32))
 def test_no_example_is_lost_or_held_twice(case: tuple[Partition, NDArray[np.int64], int, int], seed: int) -> None:
     partition, labels, clients, classes = case
-    parts = partition.split(labels, clients, classes, Randomness(seed))
+    spread = partition.split(labels, clients, classes, Randomness(seed))
+    parts = parts_of(spread)
+    assert spread.sizes.dtype == np.int64
+    assert spread.sizes.tolist() == [len(part) for part in parts]
     assert len(parts) == clients
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
     for part in parts:
@@ -47,16 +58,16 @@ def test_no_example_is_lost_or_held_twice(case: tuple[Partition, NDArray[np.int6
         assert len(part) >= getattr(partition, "minimum", 1)
 
 
-@pytest.mark.parametrize("partition", [Iid(), Dirichlet(), Shard()])
+@pytest.mark.parametrize("partition", [Iid(), Dirichlet(), Shard(), Sampled()])
 def test_a_function_of_the_seed(partition: Partition) -> None:
-    first, again, other = (partition.split(BALANCED, 20, 10, Randomness(seed)) for seed in (1, 1, 2))
+    first, again, other = (parts_of(partition.split(BALANCED, 20, 10, Randomness(seed))) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("clients", [1, 7, 600, 6000, 9000])
 def test_iid_counts_differ_by_at_most_one(clients: int) -> None:
-    sizes = [len(part) for part in Iid().split(BALANCED, clients, 10, Randomness(0))]
+    sizes = Iid().split(BALANCED, clients, 10, Randomness(0)).sizes.tolist()
     assert max(sizes) - min(sizes) <= 1
     assert sum(sizes) == 6000
 
@@ -88,29 +99,28 @@ def test_dirichlet_limits() -> None:
 def test_dirichlet_rounding_favours_no_client() -> None:
     # 15 clients share 10 examples of each class: cut in one order, the same 5 would get nothing of any class.
     labels = np.arange(100) % 10
-    sizes = [len(part) for part in Dirichlet(1e9, 0).split(labels, 15, 10, Randomness(5))]
-    assert min(sizes) > 0
+    assert Dirichlet(1e9, 0).split(labels, 15, 10, Randomness(5)).sizes.min() > 0
 
 
 def test_dirichlet_redraws_before_it_tops_up() -> None:
     labels = np.arange(400) % 10
-    first = Dirichlet(0.3, 0).split(labels, 10, 10, Randomness(0))
+    first = parts_of(Dirichlet(0.3, 0).split(labels, 10, 10, Randomness(0)))
     least = min(len(part) for part in first)
-    redrawn = Dirichlet(0.3, least + 1).split(labels, 10, 10, Randomness(0))
+    redrawn = parts_of(Dirichlet(0.3, least + 1).split(labels, 10, 10, Randomness(0)))
     assert min(len(part) for part in redrawn) > least
     stayed = sum(len(np.intersect1d(a, b)) for a, b in zip(first, redrawn, strict=True))
     assert stayed < 200  # topping up would have moved a handful of the 400
-    same = Dirichlet(0.3, least).split(labels, 10, 10, Randomness(0))
+    same = parts_of(Dirichlet(0.3, least).split(labels, 10, 10, Randomness(0)))
     assert all(np.array_equal(a, b) for a, b in zip(first, same, strict=True))
 
 
 def test_dirichlet_tops_up_from_the_largest() -> None:
     # One class, all of it with one client: 9 clients take 5 each from it, and only from it.
     labels = np.zeros(100, dtype=np.int64)
-    sizes = sorted(len(part) for part in Dirichlet(1e-9, 5).split(labels, 10, 1, Randomness(0)))
+    sizes = sorted(Dirichlet(1e-9, 5).split(labels, 10, 1, Randomness(0)).sizes.tolist())
     assert sizes == [5] * 9 + [55]
     everyone = Dirichlet(1e-9, 10).split(labels, 10, 1, Randomness(0))
-    assert [len(part) for part in everyone] == [10] * 10
+    assert everyone.sizes.tolist() == [10] * 10
 
 
 def test_topping_up_takes_turns_among_the_largest() -> None:
@@ -123,8 +133,129 @@ def test_shards_are_equal_and_hold_few_labels() -> None:
     assert (counts.sum(axis=1) == 60).all()
     assert ((counts == 0) | (counts == 30) | (counts == 60)).all()  # 200 shards of 30, each of one label
     assert 0 < (counts == 60).sum() < 30  # two of a kind are dealt by chance: 9.5 expected
-    ragged = [len(part) for part in Shard(3).split(BALANCED[:1000], 7, 10, Randomness(0))]
+    ragged = Shard(3).split(BALANCED[:1000], 7, 10, Randomness(0)).sizes
     assert max(ragged) - min(ragged) <= 3
+
+
+def test_divided_holds_one_order() -> None:
+    spread = Iid().split(BALANCED, 100, 10, Randomness(0))
+    assert isinstance(spread, Divided)
+    assert spread.starts.tolist() == [0, *np.cumsum(spread.sizes).tolist()]
+    assert all(np.shares_memory(part, spread.order) for part in parts_of(spread))
+
+
+# ---- sampled -------------------------------------------------------------------------------------
+
+
+def counted(alpha: float | None, labels: NDArray[np.int64], samples: int, clients: int) -> NDArray[np.int64]:
+    """``[clients, classes]`` counts under :class:`Sampled`."""
+    classes = int(labels.max()) + 1
+    spread = Sampled(samples, alpha).split(labels, clients, classes, Randomness(11))
+    assert isinstance(spread, Drawn)
+    drawn = labels[spread.draw(np.arange(clients))]
+    return (drawn[:, :, None] == np.arange(classes)).sum(axis=1)
+
+
+@pytest.mark.parametrize("alpha", [0.3, None])
+def test_sampled_clients_are_the_same_in_any_population(alpha: float | None) -> None:
+    few, many = (Sampled(20, alpha).split(BALANCED, clients, 10, Randomness(4)) for clients in (50, 1_000_000))
+    assert isinstance(many, Drawn)
+    assert many.sizes.shape == (1_000_000,)
+    assert (many.sizes == 20).all()
+    ascending = np.stack(parts_of(few))
+    assert ascending.dtype == np.int64
+    assert ascending.shape == (50, 20)
+    assert np.array_equal(np.stack([many.of(client) for client in range(49, -1, -1)])[::-1], ascending)
+    mixed = np.array([7, 49, 0, 7, 31])
+    assert np.array_equal(many.draw(mixed), ascending[mixed])
+    assert len({tuple(row) for row in ascending.tolist()}) == 50
+    assert len(many.of(999_999)) == 20
+
+
+def test_sampled_clients_keep_their_examples_when_they_hold_more() -> None:
+    few, many = (Sampled(samples).split(BALANCED, 10, 10, Randomness(0)) for samples in (5, 30))
+    assert all(np.array_equal(few.of(client), many.of(client)[:5]) for client in range(10))
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.3, 1.0, 10.0])
+def test_sampled_class_shares_have_the_moments_of_their_law(alpha: float) -> None:
+    # Of m examples c are of class k: c / m and c (c - 1) / (m (m - 1)) have the means of q_k and of its square.
+    classes, samples, clients = 10, 20, 20_000
+    counts = counted(alpha, BALANCED, samples, clients)
+    variance = (1 / classes) * (1 - 1 / classes) / (alpha * classes + 1)
+    for found, expected in (
+        (counts / samples, 1 / classes),
+        (counts * (counts - 1) / (samples * (samples - 1)), variance + 1 / classes**2),
+    ):
+        error = found.std(axis=0) / np.sqrt(clients)
+        assert (abs(found.mean(axis=0) - expected) < 4.5 * error).all()
+
+
+@pytest.mark.parametrize(("alpha", "classes"), [(1e-3, 2), (0.1, 3), (1.0, 2), (2.5, 4), (50.0, 3)])
+def test_sampled_counts_have_their_exact_law(alpha: float, classes: int) -> None:
+    # The count of one class is beta-binomial.
+    samples, clients = 6, 20_000
+    counts = counted(alpha, np.arange(60) % classes, samples, clients)
+    law = clients * betabinom.pmf(np.arange(samples + 1), samples, alpha, (classes - 1) * alpha)
+    for label in range(classes):
+        assert chisquare(np.bincount(counts[:, label], minlength=samples + 1), law).pvalue > 1e-4
+
+
+def test_sampled_limits() -> None:
+    alone = counted(1e-9, BALANCED, 20, 5000)  # gamma variates far below the smallest float
+    assert ((alone == 0) | (alone == 20)).all()
+    assert chisquare((alone == 20).sum(axis=0)).pvalue > 1e-4
+    even = counted(1e9, BALANCED, 20, 5000)
+    assert chisquare(even.sum(axis=0)).pvalue > 1e-4
+    assert even.max() < 20
+
+
+def test_sampled_without_alpha_has_the_frequencies_of_the_data() -> None:
+    labels = np.repeat([0, 1, 2, 3], [5, 20, 0, 75])
+    spread = Sampled(50, None).split(labels, 2000, 4, Randomness(2))
+    assert isinstance(spread, Drawn)
+    drawn = spread.draw(np.arange(2000)).reshape(-1)
+    # Every example is as likely as any other, so classes come in the data's shares.
+    assert chisquare(np.bincount(drawn, minlength=100)).pvalue > 1e-4
+    found, share = np.bincount(labels[drawn], minlength=4) / 100_000, np.array([0.05, 0.2, 0, 0.75])
+    assert (abs(found - share) <= 4 * np.sqrt(share * (1 - share) / 100_000)).all()
+
+
+@pytest.mark.parametrize("alpha", [0.3, None])
+def test_sampled_takes_any_example_of_a_class(alpha: float | None) -> None:
+    labels = np.arange(60) % 3
+    spread = Sampled(20, alpha).split(labels, 3000, 3, Randomness(5))
+    assert isinstance(spread, Drawn)
+    times = np.bincount(spread.draw(np.arange(3000)).reshape(-1), minlength=60)
+    for label in range(3):
+        assert chisquare(times[labels == label]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1e9, None])
+def test_sampled_never_draws_of_an_empty_class(alpha: float | None) -> None:
+    labels = np.repeat([1, 4], [30, 10])
+    spread = Sampled(20, alpha).split(labels, 3000, 7, Randomness(1))
+    drawn = np.stack(parts_of(spread))
+    assert drawn.min() == 0
+    assert drawn.max() == 39
+    expected = 0.5 if alpha else 0.25  # of the two classes there are, or of the data
+    share = (labels[drawn] == 4).mean(axis=1)
+    assert share.mean() == pytest.approx(expected, abs=4.5 * share.std() / np.sqrt(3000))
+
+
+def test_sampled_is_light() -> None:
+    spread = Sampled().split(BALANCED, 1_000_000, 10, Randomness(0))
+    sent = pickle.dumps(spread)
+    assert len(sent) < 8 * 1_000_000 + 10 * len(BALANCED)  # the sizes and one order
+    assert np.array_equal(pickle.loads(sent).of(123_456), spread.of(123_456))
+
+
+def test_a_rule_of_ones_own_needs_a_method() -> None:
+    with pytest.raises(NotImplementedError, match="Partition must have holders"):
+        Partition().split(BALANCED, 3, 10, Randomness(0))
+
+
+# ---- refused -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,5 +286,13 @@ def test_wrong_arguments_are_refused() -> None:
         Iid(1.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="shards_per_client="):
         Shard(0)
+    for alpha in (0, 1e-10, 1e10, float("nan"), "much"):
+        with pytest.raises(ConfigError, match="alpha="):
+            Sampled(alpha=alpha)  # type: ignore[arg-type]
+    for samples in (0, 2.5, None):
+        with pytest.raises(ConfigError, match="samples="):
+            Sampled(samples)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no training examples"):
+        Sampled().split(np.zeros(0, dtype=np.int64), 3, 2, Randomness(0))
     with pytest.raises(ConfigError, match="0 to 2"):
         Iid().split(np.array([0, 3]), 1, 3, Randomness(0))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.checks import ConfigError
-from fedsim.data.partitions import Dirichlet, Iid, Shard
+from fedsim.data.partitions import Dirichlet, Iid, Partition, Sampled, Shard
 from fedsim.data.sources import Dataset, Embedded, NpzFile
 from fedsim.problems.base import Problem
 from fedsim.problems.classification import Classification
@@ -82,26 +82,75 @@ def test_train_validation_and_test_are_disjoint_and_complete() -> None:
     assert len(problem.val_rows) == 12
     assert sorted([*problem.val_rows, *problem.train_rows]) == list(range(60))
     # Value 0 of an example is its position in the source.
-    assert problem.train_x.view(48, -1)[:, 0].tolist() == problem.train_rows.tolist()
+    held = torch.cat([problem.examples(client)[0] for client in range(4)])
+    assert sorted(held.view(48, -1)[:, 0].tolist()) == problem.train_rows.tolist()
     assert problem.val_x.view(12, -1)[:, 0].tolist() == problem.val_rows.tolist()
-    assert problem.train_y.tolist() == (problem.train_rows % 3).tolist()
     assert problem.val_y.tolist() == (problem.val_rows % 3).tolist()
     assert torch.equal(problem.test_x, data.test_x)
     assert torch.equal(problem.test_y, data.test_y)
 
 
-@pytest.mark.parametrize("partition", [Iid(), Dirichlet(0.3), Shard(2)])
-def test_clients_hold_what_the_partition_gave_them(partition: Dirichlet) -> None:
+PARTITIONS = [Iid(), Dirichlet(0.3), Shard(2), Sampled(15)]
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_clients_hold_what_the_partition_gave_them(partition: Partition) -> None:
+    data = small()
+    problem = prepared(data=data, partition=partition)
+    rows = np.setdiff1d(np.arange(60), problem.val_rows)
+    spread = partition.split(rows % 3, 4, 3, Randomness(0))
+    for client in (0, 3, 0, 1, 2):
+        expected = rows[spread.of(client)]
+        assert problem.rows(client).tolist() == expected.tolist()
+        images, labels = problem.examples(client)
+        assert torch.equal(images, data.train_x[expected])
+        assert labels.tolist() == (expected % 3).tolist()
+        assert problem.samples[client] == len(expected)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS[:3])
+def test_client_table_counts_classes(partition: Partition) -> None:
     problem = prepared(partition=partition)
-    labels = np.arange(60)[np.setdiff1d(np.arange(60), problem.val_rows)] % 3
-    parts = partition.split(labels, 4, 3, Randomness(0))
     table = problem.client_table()
-    for client, part in enumerate(parts):
-        _, held = problem.examples(client)
-        assert held.tolist() == labels[part].tolist()
+    assert list(table) == ["samples", "class_0", "class_1", "class_2"]
+    for client in range(4):
+        held = problem.examples(client)[1].numpy()
         counts = [int(table[f"class_{label}"][client]) for label in range(3)]
-        assert counts == np.bincount(labels[part], minlength=3).tolist()
-        assert sum(counts) == table["samples"][client] == problem.samples[client] == len(part)
+        assert counts == np.bincount(held, minlength=3).tolist()
+        assert sum(counts) == table["samples"][client] == len(held)
+
+
+def test_client_table_draws_nobody() -> None:
+    problem = prepared(1_000_000, partition=Sampled(7))
+    table = problem.client_table()
+    assert list(table) == ["samples"]
+    assert (table["samples"] == 7).all()
+    assert len(table["samples"]) == 1_000_000
+
+
+def test_examples_are_kept_once() -> None:
+    data = small()
+    assert prepared(data=data).train_x.data_ptr() == data.train_x.data_ptr()
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_whose_turn_it_was_does_not_show(partition: Partition) -> None:
+    problem = prepared(partition=partition)
+    x = problem.initial()
+    some = torch.tensor([2, 0, 2])
+    for client, batch in ((0, None), (1, some), (1, None), (0, some), (0, None), (3, None), (3, some)):
+        alone = prepared(partition=partition)
+        expected = alone.gradient(x, client, batch, 0)
+        assert torch.equal(problem.gradient(x, client, batch, 0), expected)
+        images, labels = (each if batch is None else each[batch] for each in alone.examples(client))
+        assert torch.equal(alone._flat.slope(images, labels), expected)
+
+
+def test_preparing_anew_forgets_whose_turn_it_was() -> None:
+    problem = prepared(4)
+    problem.gradient(problem.initial(), 0, None, 0)
+    problem.prepare(9, Randomness(3))
+    assert torch.equal(problem.examples(0)[0], prepared(9, 3).examples(0)[0])
 
 
 @pytest.mark.parametrize("model", [Logistic(), Mlp([7, 5]), Cnn()])
@@ -205,6 +254,15 @@ def test_a_pickled_copy_gives_the_same_bits() -> None:
         assert torch.equal(other.gradient(x, 1, None, 0), expected[0])
         assert other.evaluate(x) == expected[1]
     assert not torch.equal(other.gradient(x + 1, 1, None, 0), expected[0])
+
+
+def test_what_was_gathered_is_not_pickled() -> None:
+    problem = prepared(data=small(3000, (1, 8, 8)), clients=2, validation=0)
+    before = len(pickle.dumps(problem))
+    problem.examples(1)
+    assert len(pickle.dumps(problem)) == before
+    assert before < 1.2 * problem.train_x.nbytes  # the data set and its examples are one
+    assert problem._held is not None  # and the problem itself has lost nothing
 
 
 def test_a_pickled_module_carries_its_parameters_once() -> None:
@@ -423,6 +481,7 @@ def test_prepared_problems_can_be_sent_to_workers(problem: Problem) -> None:
         ("partition/iid", Iid),
         ("partition/dirichlet", Dirichlet),
         ("partition/shard", Shard),
+        ("partition/sampled", Sampled),
         ("model/logistic", Logistic),
         ("model/mlp", Mlp),
         ("model/cnn", Cnn),
