@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -19,14 +19,40 @@ import torch
 import fedsim
 from fedsim.pool import InlinePool, Pool
 from fedsim.pool.ray import RayPool
+from fedsim.pool.worker import Worker
+from fedsim.rng import Randomness
 from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedbuff import FedBuff
 from fedsim.system.compute import Lognormal
 from fedsim.system.faults import Faults
 from fedsim.system.network import Constant
+from fedsim.training import Result, Work
+from fedsim.vectors import Layout
 
-STRATEGIES = {"fedavg": FedAvg, "fedasync": FedAsync, "fedbuff": FedBuff}
+
+class Control(fedsim.LocalSGD):
+    """Steps are shifted by a message, and a state counts the client's own tasks."""
+
+    def initial_state(self, layout: Layout) -> dict[str, torch.Tensor]:
+        return {"tasks": torch.zeros(1), "last": torch.zeros(layout.size, dtype=torch.bfloat16)}
+
+    def direction(self, ctx: fedsim.Context, x: torch.Tensor, batch: object) -> torch.Tensor:
+        return ctx.grad(x, batch) + ctx.message["shift"].to(x.dtype) + 0.01 * ctx.state["tasks"]
+
+    def finish(self, ctx: fedsim.Context, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        ctx.state = {"tasks": ctx.state["tasks"] + 1, "last": x.to(torch.bfloat16)}
+        return super().finish(ctx, x)
+
+
+class Shifting(FedBuff):
+    """FedBuff that sends a message in half precision with every task."""
+
+    def message(self, fed: fedsim.Federation, task: fedsim.Task) -> dict[str, torch.Tensor]:
+        return {"shift": (0.001 * fed.model).to(torch.bfloat16)}
+
+
+STRATEGIES = {"fedavg": FedAvg, "fedasync": FedAsync, "fedbuff": FedBuff, "message": Shifting}
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +60,14 @@ def cluster() -> Iterator[None]:
     """One Ray for all tests here; pools find it running and leave it running."""
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield
+    assert ray.is_initialized()
     ray.shutdown()
 
 
 def run(pool: Pool, strategy: str = "fedbuff", rounds: int = 3, local: fedsim.LocalSGD | None = None) -> fedsim.Run:
+    rule = Control if strategy == "message" else fedsim.LocalSGD
     return fedsim.simulate(
-        STRATEGIES[strategy](local or fedsim.LocalSGD(momentum=0.5, steps=3)),
+        STRATEGIES[strategy](local or rule(momentum=0.5, steps=3)),
         fedsim.Classification(),
         fedsim.System(Lognormal(), Constant(), faults=Faults(dropout=0.2)),
         pool,
@@ -54,12 +82,203 @@ def hashes(one: fedsim.Run) -> tuple[str, str]:
     return one.manifest["model_sha256"], one.manifest["events_sha256"]
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., RayPool]]:
+    """Makes pools that train a small quadratic problem with the job ``main``, and closes them."""
+    pools: list[RayPool] = []
+
+    def make(rule: fedsim.LocalSGD | None = None, **settings: Any) -> RayPool:
+        pool = RayPool(**settings)
+        pool.open(quadratic(), {"main": rule or fedsim.LocalSGD(steps=1)}, Randomness(0))
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.close()
+
+
+def quadratic() -> fedsim.Problem:
+    problem = fedsim.Quadratic()
+    problem.prepare(10, Randomness(0))
+    return problem
+
+
+def work(task: int, **tensors: dict[str, torch.Tensor]) -> Work:
+    message, state = tensors.get("message", {}), tensors.get("state", {})
+    return Work(task, task, 0, "main", torch.ones(10), message, state, 0.1, 1)
+
+
+# ---- the same bits -------------------------------------------------------------------------------
+
+
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_workers_and_groups_do_not_show(strategy: str) -> None:
-    inline = hashes(run(InlinePool(), strategy))
-    for workers, group in ((1, None), (2, 1), (3, 12)):
-        assert hashes(run(RayPool(workers, group=group), strategy)) == inline, (workers, group)
+def test_workers_and_groups_do_not_show() -> None:
+    """A sample of the matrix in test_ray_cluster.py."""
+    inline = hashes(run(InlinePool(), "message"))
+    for workers, group in ((1, "auto"), (2, 2)):
+        assert hashes(run(RayPool(workers, group=group), "message")) == inline, (workers, group)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).contiguous().view(torch.uint8)
+
+
+class Echo(fedsim.LocalSGD):
+    """Sends up what it was sent down, and swaps two halves of its state."""
+
+    def run(self, ctx: fedsim.Context) -> dict[str, torch.Tensor]:
+        ctx.state = {"a": ctx.state["b"], "b": ctx.state["a"]}
+        return dict(ctx.message)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_tensors_of_every_precision_come_back_to_the_bit(opened: Callable[..., RayPool]) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)  # every bfloat16 there is, NaNs included
+    message = {
+        "brain": patterns.view(torch.bfloat16),
+        "half": patterns.view(torch.float16),
+        "single": torch.randn(3, 5),
+        "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+    }
+    state = {"a": patterns.view(torch.bfloat16)[::2], "b": torch.randn(7)}
+    pool = opened(Echo(), workers=1, group=2)
+    # The second has nothing to share a stack with.
+    pool.submit([work(0, message=message, state=state), work(1, message={"brain": message["brain"]}, state=state)])
+    for task, sent in ((0, message), (1, {"brain": message["brain"]})):
+        result = pool.result(task).checked()
+        for got, expected in ((result.payload, sent), (result.state, {"a": state["b"], "b": state["a"]})):
+            assert got.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert (got[name].shape, got[name].dtype) == (tensor.shape, tensor.dtype), name
+                assert torch.equal(bits(got[name]), bits(tensor)), name
+
+
+def test_a_rule_changed_in_mid_run_changes_nothing_inline_either() -> None:
+    rule, results = fedsim.LocalSGD(steps=1), []
+    for momentum in (0.0, 0.9):
+        pool, rule.momentum = InlinePool(), 0.0
+        pool.open(quadratic(), {"main": rule}, Randomness(0))
+        rule.momentum = momentum
+        rule.weight_decay = momentum
+        pool.submit([work(0)])
+        results.append(pool.result(0).payload["delta"])
+    assert torch.equal(*results)
+
+
+# ---- what is asked of a pool ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [None, 0, 1.5, "all", True, -1])
+@pytest.mark.parametrize("make", [InlinePool, RayPool])
+def test_group_is_auto_or_a_whole_number(make: Callable[..., Pool], group: object) -> None:
+    with pytest.raises(fedsim.ConfigError, match=rf"^group={group}: must be auto or a whole number >= 1$"):
+        make(group=group)
+    assert make().group == "auto"  # type: ignore[attr-defined]
+    assert make(group=3.0).group == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_ready_never_waits_and_hands_over_once(opened: Callable[..., RayPool]) -> None:
+    pool, inline = opened(workers=1, group=1), InlinePool()
+    inline.open(quadratic(), {"main": fedsim.LocalSGD(steps=1)}, Randomness(0))
+    for each in (inline, pool):
+        each.submit([work(0), work(1)])
+        each.forget(1)
+    began = time.monotonic()
+    assert pool.ready([0]) == {}  # its worker has yet to start
+    assert time.monotonic() - began < 0.5
+    found: dict[int, Result] = {}
+
+    def there() -> bool:
+        found.update(pool.ready([0]))
+        return bool(found)
+
+    wait_until(there)
+    assert torch.equal(inline.ready([0])[0].payload["delta"], found[0].payload["delta"])
+    for each in (inline, pool):
+        for task in (0, 1, 7):  # handed over, forgotten, never submitted
+            assert each.ready([task]) == {}
+            with pytest.raises(fedsim.SimulationError, match=f"no result of task {task} to come"):
+                each.result(task)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_error_comes_with_the_result_and_is_not_raised(opened: Callable[..., RayPool]) -> None:
+    pool, inline = opened(Hungry(), workers=1), InlinePool()
+    inline.open(quadratic(), {"main": Hungry()}, Randomness(0))
+    for each in (inline, pool):
+        each.submit([work(task) for task in range(4)])
+        result = each.result(1)
+        assert "Hungry raised MemoryError: out of memory training 4 tasks together, try pool.group=2" in str(
+            result.error
+        )
+        assert "(client 1, task 1, job 'main', local step 0)" in str(result.error)
+        each.submit([work(9)])
+        with pytest.raises(fedsim.SimulationError, match="out of memory: one task alone does not fit"):
+            each.result(9).checked()
+
+
+class Hungry(fedsim.LocalSGD):
+    def begin(self, ctx: fedsim.Context) -> None:
+        raise MemoryError
+
+
+class HungryTorch(fedsim.LocalSGD):
+    def begin(self, ctx: fedsim.Context) -> None:
+        torch.empty(2**52)
+
+
+def test_what_the_allocator_of_torch_says_is_out_of_memory_too() -> None:
+    pool = InlinePool()
+    pool.open(quadratic(), {"main": HungryTorch()}, Randomness(0))
+    pool.submit([work(0), work(1)])
+    assert "out of memory training 2 tasks together, try pool.group=1 (" in str(pool.result(0).error)
+
+
+# ---- workers that join, die and are lost -----------------------------------------------------------
+
+
+def hold_cores(count: int) -> Any:
+    """An actor that holds cores which workers would like to have."""
+    actor = ray.remote(Worker).options(num_cpus=count).remote()
+    ray.get(actor.hello.remote())
+    return actor
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_without_a_core_does_not_hold_up_the_run(opened: Any) -> None:
+    taken = hold_cores(2)
+    pool = opened(workers=3, group=1)
+    pool.submit([work(task) for task in range(6)])
+    assert [pool.result(task).checked().steps for task in range(6)] == [1] * 6
+    assert pool._crew.joined() == 1
+    assert pool._crew.missing() == "2 of 3 workers wait for a core each, Ray has 0 free"
+    ray.kill(taken)
+    wait_until(lambda: pool._take_in(0.1) or pool._crew.joined() == 3)
+    assert pool.restarts == 0
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_busy_cluster_is_waited_for_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsim.pool.ray.PATIENCE", 0.5)
+    monkeypatch.setattr("fedsim.pool.ray.SLICE", 0.2)
+    taken = hold_cores(3)
+    pool = opened(workers=2)
+    pool.submit([work(0)])
+    threading.Timer(1.5, ray.kill, [taken]).start()
+    with caplog.at_level("WARNING", "fedsim"):
+        assert pool.result(0).checked().steps == 1
+    assert "still waiting: 2 of 2 workers wait for a core each, Ray has 0 free" in caplog.text
 
 
 @pytest.mark.usefixtures("cluster")
@@ -67,18 +286,73 @@ def test_a_killed_worker_costs_nothing_but_time(caplog: pytest.LogCaptureFixture
     pool = RayPool(2, group=1)
 
     def kill_one() -> None:
-        while not any(pool._processes):
-            time.sleep(0.02)
-        os.kill(max(pool._processes), signal.SIGKILL)
+        wait_until(lambda: any(member.process and member.load for member in pool._crew.members))
+        os.kill(max(member.process for member in pool._crew.members), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
     with caplog.at_level("WARNING", "fedsim"):
         killed = run(pool, rounds=12)
     killer.join()
+    wanted = hashes(run(InlinePool(), rounds=12))
+    assert hashes(killed) == wanted
+    assert "they are trained again: ActorDiedError" in caplog.text
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_dies_is_restarted_and_counted(caplog: pytest.LogCaptureFixture, opened: Any) -> None:
+    pool = opened(workers=1, group=2)
+    pool.submit([work(0)])
+    pool.result(0)
+    os.kill(pool._crew.members[0].process, signal.SIGKILL)
+    pool.submit([work(task) for task in range(1, 7)])
+    with caplog.at_level("WARNING", "fedsim"):
+        assert [pool.result(task).checked().steps for task in range(1, 7)] == [1] * 6
     assert pool.restarts == 1
-    assert "died and was restarted" in caplog.text
-    assert hashes(killed) == hashes(run(InlinePool(), rounds=12))
+    assert "Ray worker 0 died and was restarted" in caplog.text
+    assert len(pool._store) == 0
+
+
+@pytest.mark.usefixtures("cluster")
+def test_tasks_of_a_lost_node_go_first_in_their_order(
+    caplog: pytest.LogCaptureFixture, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster's word is falsified here; test_ray_cluster.py removes a real node."""
+    pool = opened(workers=1, group=1)
+    wait_until(lambda: pool._take_in(0.1) or pool._crew.joined() == 1)
+    pool.submit([work(task) for task in range(5)])
+    assert [group.works[0].task for group in pool._queue] == [2, 3, 4]
+    node, nodes = pool._crew.members[0].node, ray.nodes()
+    monkeypatch.setattr(ray, "nodes", lambda: [{**each, "Alive": each["NodeID"] != node} for each in nodes])
+    with caplog.at_level("WARNING", "fedsim"):
+        pool._look_after_nodes()
+    assert f"Ray node {node[:12]}" in caplog.text
+    assert "was lost, 1 of 1 workers are gone; their tasks (2) are trained again" in caplog.text
+    assert [group.works[0].task for group in pool._queue] == [0, 1, 2, 3, 4]
+    monkeypatch.setattr("fedsim.pool.crew.HOPELESS_SECONDS", 0.0)
+    with pytest.raises(fedsim.SimulationError, match="all Ray workers are lost, and for 0 s no node had a core"):
+        pool._look_after_nodes()
+    monkeypatch.undo()
+    assert [pool.result(task).checked().steps for task in range(5)] == [1] * 5
+
+
+class Stillborn:
+    """No worker process can import this file."""
+
+    def hello(self) -> None:
+        """Never asked."""
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_cannot_start_ends_the_run(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.pool.crew.Worker", Stillborn)
+    pool = opened(workers=1)
+    pool.submit([work(0)])
+    with pytest.raises(fedsim.SimulationError, match="Ray worker 0 cannot be started: "):
+        pool.result(0)
+
+
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 class Broken(fedsim.LocalSGD):
@@ -110,7 +384,9 @@ class Deadly(fedsim.LocalSGD):
 @pytest.mark.usefixtures("cluster")
 def test_client_code_that_kills_its_worker_every_time_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsim.pool.ray.RETRIES", 1)
-    with pytest.raises(fedsim.SimulationError, match="Ray worker 0 failed"):
+    with pytest.raises(
+        fedsim.SimulationError, match=r"Ray worker 0 failed on clients .*\b3\b.*, tasks .*: ActorDiedError"
+    ):
         run(RayPool(1), rounds=20, local=Deadly(steps=3))
 
 
@@ -120,9 +396,9 @@ def test_too_many_gpus_are_refused() -> None:
         run(RayPool(2, gpus_per_worker=1))
 
 
-@pytest.mark.parametrize("group", [1, None])
+@pytest.mark.parametrize("group", [1, "auto"])
 @pytest.mark.usefixtures("cluster")
-def test_an_error_in_a_task_nobody_waits_for_ends_no_run(group: int | None) -> None:
+def test_an_error_in_a_task_nobody_waits_for_ends_no_run(group: int | str) -> None:
     def outcome(pool: Pool) -> tuple[str, str]:
         strategy = FedAvg(Broken(steps=3), over_selection=3.0)
         speeds = Lognormal(sigma=2.0)
@@ -146,13 +422,13 @@ def test_the_object_store_holds_no_version_that_nobody_needs() -> None:
     stored: list[int] = []
 
     def watch(_: object) -> None:
-        stored.append(len(pool._stored))
+        stored.append(len(pool._store))
 
     fedsim.simulate(
         FedAsync(), fedsim.Quadratic(), fedsim.System(Lognormal()), pool, fedsim.Stop(updates=60), observer=watch
     )
     assert 0 < max(stored) <= 10  # never more versions than tasks in flight
-    assert pool._stored == {}
+    assert len(pool._store) == 0
 
 
 @pytest.mark.usefixtures("cluster")
@@ -183,66 +459,6 @@ def test_results_nobody_asks_for_are_not_kept() -> None:
     assert pool._due == set()
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:1"])
-def test_an_address_where_nobody_answers_is_refused_at_once(address: str) -> None:
-    # In a process of its own: where a Ray runs already, it is used whatever the address.
-    code = (
-        "import fedsim\n"
-        "from fedsim.pool.ray import RayPool\n"
-        "try:\n"
-        f"    fedsim.simulate(fedsim.Asynchronous(), fedsim.Quadratic(), pool=RayPool(address='{address}'))\n"
-        "except fedsim.ConfigError as error:\n"
-        "    print(error)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.startswith(f"pool.address={address}: no Ray there")
-
-
 def test_inline_never_imports_ray() -> None:
     code = "import sys, fedsim; fedsim.simulate; fedsim.Classification; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_pool_stops_the_ray_it_started_even_after_an_error(tmp_path: Path) -> None:
-    """With a strategy from the user's own folder, which no worker could import."""
-    (tmp_path / "own.py").write_text(
-        textwrap.dedent("""
-        from fedsim import Asynchronous, LocalSGD
-
-        class OwnRule(LocalSGD):
-            def direction(self, ctx, x, batch):
-                if self.lr == 0.5:
-                    raise RuntimeError("on purpose")
-                return 2 * super().direction(ctx, x, batch)
-
-        class Own(Asynchronous):
-            def on_reply(self, fed, reply):
-                fed.publish(fed.model + 0.5 * reply["delta"], used=[reply])
-        """)
-    )
-    (tmp_path / "main.py").write_text(
-        textwrap.dedent("""
-        import ray, fedsim
-        from fedsim.pool import InlinePool
-        from fedsim.pool.ray import RayPool
-        from own import Own, OwnRule
-
-        if __name__ == "__main__":
-            def go(pool, lr=0.1):
-                stop = fedsim.Stop(updates=30)
-                return fedsim.simulate(Own(OwnRule(lr=lr)), fedsim.Quadratic(), stop=stop, pool=pool).manifest
-
-            assert go(RayPool(2))["model_sha256"] == go(InlinePool())["model_sha256"]
-            assert not ray.is_initialized()
-            try:
-                go(RayPool(1), lr=0.5)
-            except fedsim.SimulationError as error:
-                assert "on purpose" in str(error)
-            assert not ray.is_initialized()
-            print("done")
-        """)
-    )
-    done = subprocess.run(
-        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180
-    )
-    assert done.stdout.strip().endswith("done"), done.stdout + done.stderr

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from fedsim.checks import ConfigError, whole
 from fedsim.local import LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
@@ -18,18 +20,25 @@ class Pool(ABC):
 
     @abstractmethod
     def open(self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> None:
-        """Hand the workers all that a run's tasks share."""
+        """Hand the workers all that a run's tasks share, as it is now: later changes of a rule reach no task."""
 
     @abstractmethod
     def submit(self, works: Sequence[Work]) -> None:
         """Train these tasks; they may be cut into groups."""
 
     @abstractmethod
+    def ready(self, tasks: Sequence[int]) -> dict[int, Result]:
+        """The results of submitted tasks that are there already, each handed over once; never waits.
+
+        They are unchecked: where client code raised one carries an ``error``.
+        """
+
+    @abstractmethod
     def result(self, task: int) -> Result:
-        """Wait for a submitted task's result and hand it over (once).
+        """Wait for a submitted task's result and hand it over, once and unchecked like :meth:`ready`.
 
         Raises:
-            TaskError: if client code raised.
+            SimulationError: if nothing can train the task.
         """
 
     @abstractmethod
@@ -48,3 +57,17 @@ LARGEST_GROUP = 10
 def group_size(tasks: int, workers: int) -> int:
     """How many tasks to train together so that no worker stands idle."""
     return max(1, min(LARGEST_GROUP, -(-tasks // workers)))
+
+
+def group_setting(value: Any) -> int | str:
+    """A pool's ``group``: ``"auto"`` or most tasks to train together.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    if isinstance(value, str) and value == "auto":
+        return value
+    try:
+        return whole("group", value, least=1)
+    except ConfigError:
+        raise ConfigError(f"group={value}: must be auto or a whole number >= 1") from None

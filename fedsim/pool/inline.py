@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
-from fedsim.checks import ConfigError, optional_whole
+from fedsim.checks import ConfigError, SimulationError
 from fedsim.local import LocalSGD
-from fedsim.pool.base import Pool
+from fedsim.pool.base import Pool, group_setting
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training import GeneralTrainer, Result, Trainer, Work
@@ -16,38 +17,48 @@ class InlinePool(Pool):
     """Trains at once, in this process.
 
     Args:
-        group: most tasks to train together; None takes all that wait. Never shows in the results.
+        group: most tasks to train together; ``"auto"`` takes all that wait. Never shows in the results.
     """
 
     name = "inline"
 
-    def __init__(self, group: int | None = None) -> None:
-        self.group = optional_whole("group", group, least=1)
+    def __init__(self, group: int | str = "auto") -> None:
+        self.group = group_setting(group)
         self._trainer: Trainer | None = None
         self._results: dict[int, Result] = {}
 
     def open(self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> None:
-        """Make the trainer.
+        """Make the trainer, with copies of the rules as Ray workers would have them.
 
         Raises:
             ConfigError: if the pool is already in use by another run.
         """
         if self._trainer is not None:
             raise ConfigError("pool: this pool is in use by another run; give every run its own")
-        self._trainer = GeneralTrainer(problem, jobs, randomness)
+        self._trainer = GeneralTrainer(problem, copy.deepcopy(dict(jobs)), randomness)
 
     def submit(self, works: Sequence[Work]) -> None:
         """Train now, in groups of at most ``group``."""
         assert self._trainer is not None, "submit before open"
-        size = self.group or max(len(works), 1)
+        size = self.group if isinstance(self.group, int) else max(len(works), 1)
         for first in range(0, len(works), size):
             group = works[first : first + size]
             for work, result in zip(group, self._trainer.train(group), strict=True):
                 self._results[work.task] = result
 
+    def ready(self, tasks: Sequence[int]) -> dict[int, Result]:
+        """The results trained at ``submit``."""
+        return {task: self._results.pop(task) for task in tasks if task in self._results}
+
     def result(self, task: int) -> Result:
-        """The result trained at ``submit``."""
-        return self._results.pop(task).checked()
+        """The result trained at ``submit``.
+
+        Raises:
+            SimulationError: if the task was never submitted, or its result was handed over or forgotten.
+        """
+        if task not in self._results:
+            raise SimulationError(f"the pool has no result of task {task} to come")
+        return self._results.pop(task)
 
     def forget(self, task: int) -> None:
         """Drop the result if there is one."""

@@ -1,36 +1,32 @@
 """The Ray pool: resident workers on one machine or a cluster, with the same bits as the inline pool.
 
-Workers hold the data, the model code and scratch memory, and nothing that changes: a worker that dies is
-restarted by Ray and its group trained again. A start vector or message is put into the object store once, is
-shared by reference, and leaves it when no task needs it any more.
+Workers hold the data, the model code and scratch memory, and nothing that changes. So a worker may come late,
+die, or be lost with its machine at any time: its groups are trained again, by whoever is there.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import pickle
-import socket
-import sys
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import import_module
-from pathlib import Path
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedsim.checks import ConfigError, SimulationError, number, optional_whole
 from fedsim.local import LocalSGD
-from fedsim.pool.base import Pool, group_size
-from fedsim.pool.worker import Parcel, Worker
+from fedsim.pool.base import Pool, group_setting, group_size
+from fedsim.pool.connection import connect, import_ray
+from fedsim.pool.crew import Crew, LostNode, Member, said
+from fedsim.pool.parcels import Parcel, shared_tensors
+from fedsim.pool.store import TensorStore
+from fedsim.pool.usercode import pickled_with_user_code
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
-from fedsim.training import Result, Work
+from fedsim.training import Result, Work, out_of_memory
 
 logger = logging.getLogger("fedsim")
 
@@ -38,13 +34,13 @@ QUEUED = 2
 """Groups handed to a worker at a time: one in training, one on the way."""
 
 RETRIES = 5
-"""Deaths of its worker that a group survives: client code that always kills it must not be tried for ever."""
+"""Failures that a group survives, deaths of its worker say: what fails every time must not be tried for ever."""
 
-CONNECT_SECONDS = 5.0
-"""How long a cluster's head may take to accept a connection."""
+SLICE = 2.0
+"""Seconds of waiting after which the pool looks whether all nodes are still there."""
 
 PATIENCE = 120.0
-"""Seconds without any result after which the log says that the workers are being waited for."""
+"""Seconds without any result after which the log says what is waited for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,9 +48,30 @@ class Group:
     """Tasks trained together by one worker."""
 
     works: list[Work]
-    worker: int = -1
-    kept: list[Tensor] = field(default_factory=list)
-    """The shared tensors it needs."""
+    shared: list[Tensor]
+    """The tensors it needs from the object store."""
+    member: Member | None = None
+    """Who trains it."""
+    actor: Any = None
+    """The member's actor at that time."""
+    room: int = 1
+    """How much of a worker's queue it takes."""
+    failures: int = 0
+
+    def join(self, member: Member) -> None:
+        """Take up room in a worker's queue."""
+        self.member, self.actor = member, member.actor
+        member.load += self.room
+
+    def leave(self) -> None:
+        """Give back the room, unless the worker has been started anew since."""
+        if self.member is not None and self.member.actor is self.actor:
+            self.member.load -= self.room
+        self.member = self.actor = None
+
+    def __str__(self) -> str:
+        clients, tasks = [work.client for work in self.works], [work.task for work in self.works]
+        return f"clients {_listed(clients)}, tasks {_listed(tasks)}"
 
 
 class RayPool(Pool):
@@ -64,8 +81,8 @@ class RayPool(Pool):
         workers: how many; None takes the cores of this machine, or of the cluster joined.
         address: of a running cluster to join (``"auto"`` finds it); None starts a Ray of its own and stops it.
         gpus_per_worker: fraction of a GPU each worker reserves.
-        group: most tasks to train together; None cuts what waits evenly among the workers. Never shows in the
-            results.
+        group: most tasks to train together; ``"auto"`` cuts what waits evenly among the workers. Never shows in
+            the results.
     """
 
     name = "ray"
@@ -75,127 +92,113 @@ class RayPool(Pool):
         workers: int | None = None,
         address: str | None = None,
         gpus_per_worker: float = 0.0,
-        group: int | None = None,
+        group: int | str = "auto",
     ) -> None:
         self.workers = optional_whole("workers", workers, least=1, most=4096)
         self.address = address
         self.gpus_per_worker = number("gpus_per_worker", gpus_per_worker, least=0, most=8)
         if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
             raise ConfigError(f"gpus_per_worker={gpus_per_worker}: must be a fraction of one GPU or a whole number")
-        self.group = optional_whole("group", group, least=1)
-        self.restarts = 0
-        """Workers that died and came back."""
+        self.group = group_setting(group)
         self._ray: Any = None
-        self._started = False
+        self._connected = False
         self._shared: Any = None
-        self._actors: list[Any] = []
-        self._processes: list[int] = []
-        self._load: list[int] = []
+        """The reference of what all tasks share."""
+        self._crew = Crew(self.gpus_per_worker)
+        self._store = TensorStore()
         self._queue: deque[Group] = deque()
         self._running: dict[Any, Group] = {}
         self._results: dict[int, Result] = {}
         self._due: set[int] = set()
         """Tasks whose result is still to come and will be asked for."""
-        self._stored: dict[int, tuple[Tensor, Any, int]] = {}
-        """Tensors in the object store by identity: the tensor, its reference, how many groups still need it."""
+        self._looked = 0.0
+        """When the nodes were last looked at, on the clock of ``time.monotonic``."""
+        self._quiet_since = 0.0
+        """Since when nothing was heard while somebody waited, on the same clock."""
+
+    @property
+    def restarts(self) -> int:
+        """How often a worker's process died and came back."""
+        return self._crew.restarts
 
     # ---- start and stop --------------------------------------------------------------------------
 
     def open(self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> None:
-        """Start or join Ray and hand every worker a copy of what the tasks share.
+        """Start or join Ray and start the workers, without waiting for them.
 
         Raises:
             ConfigError: if there is no cluster at ``address``, or it has too few cores.
         """
         if self._ray is not None:
             raise ConfigError("pool: this pool is in use by another run; give every run its own")
-        self._ray = _import_ray()
+        ray = import_ray()
+        code = pickled_with_user_code((problem, dict(jobs), randomness))
+        self._connected = connect(ray, self.address, self.workers)
+        self._ray = ray
         try:
-            self._start(self._ray)
-            self._employ(self._ray, _pickled_with_user_code((problem, dict(jobs), randomness)))
+            self._shared = ray.put(np.frombuffer(code, dtype=np.uint8))
+            self._crew.hire(ray, self.workers)
         except BaseException:
             self.close()
             raise
-
-    def _employ(self, ray: Any, code: bytes) -> None:
-        """Start the workers."""
-        cores = int(ray.cluster_resources().get("CPU", 1))
-        count = self.workers or max(1, cores)
-        if count > cores:
-            raise ConfigError(f"pool.workers={count}: the Ray it runs on has {cores} cores")
-        gpus = ray.cluster_resources().get("GPU", 0)
-        if count * self.gpus_per_worker > gpus:
-            needed = f"{count} workers need {count * self.gpus_per_worker:g} GPUs"
-            raise ConfigError(f"pool.gpus_per_worker={self.gpus_per_worker:g}: {needed}, Ray has {gpus:g}")
-        self._shared = ray.put(np.frombuffer(code, dtype=np.uint8))
-        actor = ray.remote(Worker).options(
-            num_cpus=1, num_gpus=self.gpus_per_worker, max_restarts=-1, max_task_retries=RETRIES
-        )
-        self._actors = [actor.remote() for _ in range(count)]
-        self._processes, self._load = [0] * count, [0] * count
-
-    def _start(self, ray: Any) -> None:
-        if ray.is_initialized():  # somebody's own, in a notebook say: used, and left running
-            self._started = False
-            return
-        if self.address not in (None, "auto"):
-            _refuse_silent(str(self.address))
-        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-        try:
-            if self.address is None:
-                cores = max(self.workers or 0, os.cpu_count() or 1)
-                ray.init(address="local", num_cpus=cores, **quiet)
-            else:
-                ray.init(address=self.address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            first = str(error).partition("\n")[0]
-            raise ConfigError(f"pool.address={self.address}: no Ray there ({first})") from None
-        self._started = True
 
     def close(self) -> None:
         """Stop the workers, and Ray if this pool started or joined it."""
         ray, self._ray = self._ray, None
         if ray is None:
             return
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors, self._shared = [], None
+        self._crew.dismiss()
         self._queue.clear()
         self._running.clear()
         self._results.clear()
         self._due.clear()
-        self._stored.clear()
-        if self._started:
+        self._store.clear()
+        self._shared = None
+        if self._connected:
             ray.shutdown()
-            self._started = False
+            self._connected = False
 
     # ---- work ------------------------------------------------------------------------------------
 
     def submit(self, works: Sequence[Work]) -> None:
         """Cut into groups and hand them out, the longest first."""
         self._due.update(work.task for work in works)
-        size = self.group or group_size(len(works), len(self._actors))
+        size = self.group if isinstance(self.group, int) else group_size(len(works), len(self._crew.members))
         ordered = sorted(works, key=lambda work: (-work.steps, work.task))
         # Dealt like cards, so that groups are about equally long.
-        count = -(-len(ordered) // size) if ordered else 0
+        count = -(-len(ordered) // size)
         for first in range(count):
-            group = Group(ordered[first::count])
-            group.kept = _shared_tensors(group.works)
-            for tensor in group.kept:
-                self._store(tensor)
+            members = ordered[first::count]
+            group = Group(members, shared_tensors(members))
+            self._store.keep(group.shared, self._ray.put)
             self._queue.append(group)
         self._hand_out()
 
-    def result(self, task: int) -> Result:
-        """Wait for a task's result.
+    def ready(self, tasks: Sequence[int]) -> dict[int, Result]:
+        """The results that are there already, once and unchecked; never waits.
 
         Raises:
-            TaskError: if client code raised.
-            SimulationError: if a worker ran out of memory or cannot be started.
+            SimulationError: if a group that has come to its end cannot be trained at all.
         """
+        if not self._due.isdisjoint(tasks):
+            self._take_in(timeout=0.0)
+        return {task: self._results.pop(task) for task in tasks if task in self._results}
+
+    def result(self, task: int) -> Result:
+        """Wait for a task's result; it is handed over once and unchecked.
+
+        Raises:
+            SimulationError: if a worker ran out of memory or cannot be started, a group failed too often, no node
+                is left, or the task was never submitted.
+        """
+        self._quiet_since = time.monotonic()
         while task not in self._results:
-            self._wait()
-        return self._results.pop(task).checked()
+            if task not in self._due:
+                raise SimulationError(f"the pool has no result of task {task} to come")
+            self._take_in(timeout=SLICE)
+            if time.monotonic() - self._looked >= SLICE:
+                self._look_after_nodes()
+        return self._results.pop(task)
 
     def forget(self, task: int) -> None:
         """Drop the result, or what will come of it."""
@@ -203,127 +206,109 @@ class RayPool(Pool):
         self._results.pop(task, None)
 
     def _hand_out(self) -> None:
+        """Give the workers that have joined as much as they may hold."""
         while self._queue:
-            worker = min(range(len(self._actors)), key=lambda each: (self._load[each], each))
-            if self._load[worker] >= QUEUED:
+            member = self._crew.least_loaded()
+            if member is None or member.load + self._queue[0].room > QUEUED:
                 return
             group = self._queue.popleft()
-            group.worker = worker
-            self._load[worker] += 1
-            slots = {id(tensor): slot for slot, tensor in enumerate(group.kept)}
-            parcels = [_parcel(work, slots) for work in group.works]
-            references = [self._stored[id(tensor)][1] for tensor in group.kept]
-            self._running[self._actors[worker].train.remote(parcels, self._shared, *references)] = group
+            group.join(member)
+            places = {id(tensor): place for place, tensor in enumerate(group.shared)}
+            parcels = [Parcel.of(work, places) for work in group.works]
+            references = self._store.references(group.shared)
+            self._running[member.actor.train.remote(parcels, self._shared, *references)] = group
 
-    def _wait(self) -> None:
-        """Take in one finished group."""
-        if not self._running:
-            raise SimulationError("the Ray pool was asked for the result of a task it never got")
-        ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=PATIENCE)
-        if not ready:
-            logger.warning("no result from %d Ray workers for %.0f s, still waiting", len(self._actors), PATIENCE)
+    def _take_in(self, timeout: float) -> None:
+        """Take in finished groups and greetings: all that are there, or the first that comes in ``timeout`` seconds."""
+        greetings = self._crew.greetings()
+        awaited = [*self._running, *greetings]
+        if not awaited:
             return
-        group = self._running.pop(ready[0])
-        self._load[group.worker] -= 1
-        try:
-            answer = self._ray.get(ready[0], timeout=PATIENCE)
-        except self._ray.exceptions.OutOfMemoryError:
-            fewer = max(1, len(group.works) // 2)
-            raise SimulationError(
-                f"a Ray worker ran out of memory training {len(group.works)} tasks together: try pool.group={fewer}"
-            ) from None
-        except self._ray.exceptions.RayError as error:
-            first = str(error).partition("\n")[0]
-            raise SimulationError(f"Ray worker {group.worker} failed: {type(error).__name__}: {first}") from error
-        self._take(group, answer)
+        finished, _ = self._ray.wait(awaited, num_returns=1 if timeout else len(awaited), timeout=timeout)
+        for reference in finished:
+            self._quiet_since = time.monotonic()
+            # What was lost with a node, as another of these told, is waited for no more.
+            if reference in self._running:
+                self._take(reference)
+            elif reference in self._crew.greetings():
+                self._crew.welcome(greetings[reference])
         self._hand_out()
 
-    def _take(self, group: Group, answer: Any) -> None:
-        process, results = answer
-        if self._processes[group.worker] not in (0, process):
-            self.restarts += 1
-            logger.warning("Ray worker %d died and was restarted; its tasks were trained again", group.worker)
-        self._processes[group.worker] = process
-        for tensor in group.kept:
-            self._release(tensor)
+    def _take(self, reference: Any) -> None:
+        """Take in one finished group, or see to it that it is trained again."""
+        try:
+            results = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            self._failed(reference, error)
+            return
+        group = self._running.pop(reference)
+        group.leave()
+        self._store.release(group.shared)
         for work, result in zip(group.works, results.unpacked([work.task for work in group.works]), strict=True):
             if work.task in self._due:
                 self._due.discard(work.task)
                 self._results[work.task] = result
 
-    # ---- the object store ------------------------------------------------------------------------
+    # ---- what can go wrong -----------------------------------------------------------------------
 
-    def _store(self, tensor: Tensor) -> None:
-        held = self._stored.get(id(tensor))
-        if held is None:
-            self._stored[id(tensor)] = (tensor, self._ray.put(tensor.detach().numpy()), 1)
-        else:
-            self._stored[id(tensor)] = (tensor, held[1], held[2] + 1)
+    def _failed(self, reference: Any, error: Exception) -> None:
+        """A group's answer is an error of Ray's, or was lost: train the group again, by itself.
 
-    def _release(self, tensor: Tensor) -> None:
-        _, reference, users = self._stored[id(tensor)]
-        if users == 1:
-            del self._stored[id(tensor)]
-        else:
-            self._stored[id(tensor)] = (tensor, reference, users - 1)
+        Raises:
+            SimulationError: if it failed too often, or for a reason that will be the same every time.
+        """
+        errors, group = self._ray.exceptions, self._running[reference]
+        assert group.member is not None
+        who = f"Ray worker {group.member.number}"
+        if isinstance(error, (errors.OutOfMemoryError, MemoryError)):
+            raise SimulationError(f"{who}: {out_of_memory(len(group.works))} ({group})") from error
+        if isinstance(error, errors.RayActorError):
+            silent = isinstance(error, errors.ActorUnavailableError)
+            self._look_after_nodes(unreachable=group.member.node if silent else "")
+            if reference not in self._running:  # it was lost with its node, which is no fault of its own
+                return
+            self._crew.bury(group.actor)
+        del self._running[reference]
+        group.leave()
+        group.failures += 1
+        in_worker = isinstance(error, errors.RayTaskError) and not isinstance(error.cause, errors.RayError)
+        if in_worker or group.failures > RETRIES:
+            raise SimulationError(f"{who} failed on {group}: {said(error)}") from error
+        logger.warning("%s failed on %s; they are trained again: %s", who, group, said(error))
+        # The groups that shared the worker with it may have been the reason, or it theirs.
+        group.room = QUEUED
+        self._queue.appendleft(group)
 
+    def _look_after_nodes(self, unreachable: str = "") -> None:
+        """Give the tasks of lost nodes to other workers, and say what is waited for when nothing is heard.
 
-def _refuse_silent(address: str) -> None:
-    """Ray itself would wait for minutes where nobody answers.
+        Raises:
+            SimulationError: if there is no worker any more and none can come.
+        """
+        self._looked = time.monotonic()
+        for node in self._crew.replace_lost(unreachable):
+            self._requeue(node)
+        self._hand_out()
+        self._crew.check_hope()
+        if self._looked - self._quiet_since >= PATIENCE:
+            self._quiet_since = self._looked
+            what = self._crew.missing() if not self._crew.joined() else f"{self._crew.joined()} Ray workers are at work"
+            logger.warning("nothing heard for %.0f s, still waiting: %s", PATIENCE, what)
 
-    Raises:
-        ConfigError: if nobody does.
-    """
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"pool.address={address}: no Ray there ({error}), give auto or host:port") from None
-
-
-def _import_ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    return ray
-
-
-def _shared_tensors(works: Sequence[Work]) -> list[Tensor]:
-    """Each start vector and message tensor once, in order of first use."""
-    found: dict[int, Tensor] = {}
-    for work in works:
-        for tensor in (work.start, *work.message.values()):
-            found.setdefault(id(tensor), tensor)
-    return list(found.values())
-
-
-def _parcel(work: Work, slots: Mapping[int, int]) -> Parcel:
-    rest = replace(work, start=torch.empty(0), message={})
-    return Parcel(rest, slots[id(work.start)], {name: slots[id(each)] for name, each in work.message.items()})
-
-
-def _pickled_with_user_code(value: Any) -> bytes:
-    """Pickle ``value`` together with classes that workers could not import: from a notebook or a user's folder."""
-    cloudpickle: Any = import_module("ray.cloudpickle")
-    ours = [module for module in list(sys.modules.values()) if _is_users(module)]
-    for module in ours:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        data: bytes = cloudpickle.dumps(value)
-    except (TypeError, AttributeError, pickle.PicklingError) as error:
-        raise ConfigError(f"pool=ray: the problem or a local rule cannot be sent to workers: {error}") from None
-    finally:
-        for module in ours:
-            cloudpickle.unregister_pickle_by_value(module)
-    return data
+    def _requeue(self, node: LostNode) -> None:
+        """Put the groups of a lost node first in the queue, in their order."""
+        lost = {reference: group for reference, group in self._running.items() if group.member in node.members}
+        for reference, group in lost.items():
+            del self._running[reference]
+            group.leave()
+        self._queue.extendleft(reversed(lost.values()))
+        logger.warning(
+            "Ray node %s was lost, %d of %d workers are gone; their tasks (%d) are trained again",
+            node.name, len(node.members), len(self._crew.members), sum(len(group.works) for group in lost.values()),
+        )  # fmt: skip
 
 
-def _is_users(module: ModuleType) -> bool:
-    """Whether a module lies outside every installed package: no worker elsewhere has it."""
-    file = getattr(module, "__file__", None)
-    if file is None or module.__name__ == "__main__" or module.__name__.partition(".")[0] == "fedsim":
-        return False
-    path = Path(file).resolve()
-    roots = (sys.prefix, sys.base_prefix, sys.exec_prefix)
-    return path.suffix == ".py" and not any(path.is_relative_to(Path(root).resolve()) for root in roots)
+def _listed(numbers: Sequence[int], most: int = 8) -> str:
+    """Numbers for a message: at most so many."""
+    shown = ", ".join(str(number) for number in numbers[:most])
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"

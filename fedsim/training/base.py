@@ -51,6 +51,13 @@ class Result:
         return self
 
 
+def out_of_memory(tasks: int) -> str:
+    """What to say, and what to try, when memory ran out with so many tasks in training together."""
+    if tasks == 1:
+        return "out of memory: one task alone does not fit"
+    return f"out of memory training {tasks} tasks together, try pool.group={tasks // 2}"
+
+
 class Trainer(ABC):
     """Trains groups of tasks on one worker."""
 

@@ -13,7 +13,7 @@ from fedsim.checks import TaskError
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
-from fedsim.training.base import Result, Trainer, Work
+from fedsim.training.base import Result, Trainer, Work, out_of_memory
 
 
 class SingleContext(Context):
@@ -78,6 +78,8 @@ class GeneralTrainer(Trainer):
             payload = rule.run(context)
         except (Exception, SystemExit) as error:
             said = str(error).partition("\n")[0]
+            if _no_memory(error):
+                said = f"{out_of_memory(group)} ({said})" if said else out_of_memory(group)
             failure = TaskError(
                 f"{type(rule).__name__} raised {type(error).__name__}: {said} "
                 f"(client {work.client}, task {work.task}, job '{work.job}', local step {context.step + 1})",
@@ -92,6 +94,14 @@ class GeneralTrainer(Trainer):
             steps=int(context.steps[0]),
             group=group,
         )
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. PyTorch's allocator of main memory has no exception class of its own."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "not enough memory" in said)
 
 
 def _own(tensor: Tensor, taken: set[int]) -> Tensor:

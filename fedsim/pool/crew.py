@@ -1,0 +1,214 @@
+"""The Ray pool's workers: actors that join when they find a core, die, and are replaced."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from fedsim.checks import ConfigError, SimulationError
+from fedsim.pool.worker import Worker
+
+logger = logging.getLogger("fedsim")
+
+STARTS = 3
+"""How often in a row a worker may fail to start."""
+
+HOPELESS_SECONDS = 60.0
+"""How long to wait for a node with room for a worker when all workers are gone."""
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One worker: an actor, and the one started in its place when it dies or is lost."""
+
+    number: int
+    actor: Any
+    greeting: Any
+    """The reference of its answer to ``hello``; None once it has joined."""
+    node: str = ""
+    """Ray's id of the machine it is on, or was on when it died."""
+    process: int = 0
+    """Its process there; 0 as long as it has not joined."""
+    load: int = 0
+    """Room taken by the groups it has."""
+    died: bool = False
+    """Whether it has yet to come back from a death of its process."""
+    failed_starts: int = 0
+
+    @property
+    def joined(self) -> bool:
+        """Whether it can be given work."""
+        return self.greeting is None
+
+
+@dataclass(slots=True, eq=False)
+class LostNode:
+    """A node that has left the cluster, and the workers that lived there."""
+
+    name: str
+    members: list[Member]
+
+
+class Crew:
+    """Hires the workers, knows which of them have joined, and replaces those that are lost.
+
+    Args:
+        gpus: fraction of a GPU each worker reserves.
+    """
+
+    def __init__(self, gpus: float) -> None:
+        self.members: list[Member] = []
+        self.restarts = 0
+        """Workers whose process died and came back."""
+        self._gpus = gpus
+        self._ray: Any = None
+        self._actor: Any = None
+        self._hopeless_since: float | None = None
+
+    def hire(self, ray: Any, count: int | None) -> None:
+        """Start the workers, without waiting for them.
+
+        Args:
+            ray: the ray package, connected.
+            count: how many; None takes a worker per core.
+
+        Raises:
+            ConfigError: if Ray has fewer cores or GPUs than the workers need.
+        """
+        total, gpus = ray.cluster_resources(), self._gpus
+        cores, there = int(total.get("CPU", 0)), total.get("GPU", 0)
+        count = max(1, cores) if count is None else count
+        if count > cores:
+            raise ConfigError(f"pool.workers={count}: the Ray it runs on has {cores} cores")
+        if count * gpus > there:
+            needed = f"{count} workers need {count * gpus:g} GPUs"
+            raise ConfigError(f"pool.gpus_per_worker={gpus:g}: {needed}, Ray has {there:g}")
+        self._ray = ray
+        # Not restarted by Ray, which then would neither say why a worker died (of a lack of memory, say) nor let it
+        # go without printing lines about retries. The members do that themselves.
+        self._actor = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+        self.members = [Member(number, *self._hired()) for number in range(count)]
+
+    def _hired(self) -> tuple[Any, Any]:
+        """A new actor, and the reference of its greeting."""
+        actor = self._actor.remote()
+        return actor, actor.hello.remote()
+
+    # ---- who is there ----------------------------------------------------------------------------
+
+    def greetings(self) -> dict[Any, Member]:
+        """Those who have not joined, by the reference of the greeting they owe."""
+        return {member.greeting: member for member in self.members if not member.joined}
+
+    def joined(self) -> int:
+        """How many workers can be given work."""
+        return sum(member.joined for member in self.members)
+
+    def least_loaded(self) -> Member | None:
+        """The worker with the least to do; None as long as nobody has joined."""
+        there = (member for member in self.members if member.joined)
+        return min(there, key=lambda member: (member.load, member.number), default=None)
+
+    def missing(self) -> str:
+        """What the workers that have not joined wait for."""
+        waiting = len(self.members) - self.joined()
+        free = self._ray.available_resources().get("CPU", 0)
+        return f"{waiting} of {len(self.members)} workers wait for a core each, Ray has {free:g} free"
+
+    # ---- joining ---------------------------------------------------------------------------------
+
+    def welcome(self, member: Member) -> None:
+        """Take in a greeting that is there.
+
+        Raises:
+            SimulationError: if this worker failed to start too often.
+        """
+        try:
+            place = self._ray.get(member.greeting)
+        except self._ray.exceptions.RayError as error:
+            member.failed_starts += 1
+            if member.failed_starts >= STARTS:
+                raise SimulationError(f"Ray worker {member.number} cannot be started: {said(error)}") from error
+            self._renew(member)
+            return
+        member.node, member.process = place
+        member.greeting, member.failed_starts = None, 0
+        if member.died:
+            member.died = False
+            self.restarts += 1
+            logger.warning("Ray worker %d died and was restarted; its tasks are trained again", member.number)
+
+    # ---- leaving ---------------------------------------------------------------------------------
+
+    def bury(self, actor: Any) -> None:
+        """An actor has died: another one is started in its place, unless it has been already."""
+        for member in self.members:
+            if member.actor is actor:
+                member.died = True
+                self._renew(member)
+
+    def replace_lost(self, unreachable: str = "") -> list[LostNode]:
+        """Give up the workers of nodes that are no longer alive, and start others in their place.
+
+        Args:
+            unreachable: a node to take for lost as well: Ray needs some time to notice.
+
+        Returns:
+            The nodes that had workers; these workers have no work any more.
+        """
+        nodes = self._ray.nodes()
+        alive = {node["NodeID"] for node in nodes if node["Alive"]} - {unreachable}
+        lost: dict[str, LostNode] = {}
+        for member in self.members:
+            if member.node and member.node not in alive:
+                lost.setdefault(member.node, LostNode(_name(member.node, nodes), [])).members.append(member)
+                member.node, member.died = "", False
+                if member.joined:
+                    self._renew(member)
+        return list(lost.values())
+
+    def _renew(self, member: Member) -> None:
+        self._ray.kill(member.actor)
+        member.actor, member.greeting = self._hired()
+        member.process = member.load = 0
+
+    def check_hope(self) -> None:
+        """See that some worker is there or may yet come.
+
+        Raises:
+            SimulationError: if for ``HOPELESS_SECONDS`` there was neither a worker nor a node with room for one.
+        """
+        if self.joined() or any(self._has_room(node) for node in self._ray.nodes()):
+            self._hopeless_since = None
+            return
+        now = time.monotonic()
+        if self._hopeless_since is None:
+            self._hopeless_since = now
+        if now - self._hopeless_since >= HOPELESS_SECONDS:
+            raise SimulationError(
+                f"all Ray workers are lost, and for {HOPELESS_SECONDS:.0f} s no node had a core for another"
+            )
+
+    def _has_room(self, node: dict[str, Any]) -> bool:
+        """Whether a worker could ever run on this node, however busy it is now."""
+        resources = node["Resources"]
+        return bool(node["Alive"] and resources.get("CPU", 0) >= 1 and resources.get("GPU", 0) >= self._gpus)
+
+    def dismiss(self) -> None:
+        """Stop all workers, whatever they are doing."""
+        for member in self.members:
+            self._ray.kill(member.actor)
+        self.members = []
+
+
+def said(error: BaseException) -> str:
+    """The class and first line of what Ray or a worker raised."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def _name(node: str, nodes: list[dict[str, Any]]) -> str:
+    """A node as the log calls it: the beginning of Ray's id, and its host if that is still known."""
+    hosts = [each["NodeManagerHostname"] for each in nodes if each["NodeID"] == node]
+    return f"{node[:12]} ({hosts[0]})" if hosts else node[:12]
