@@ -13,6 +13,7 @@ from fedsim.version import __version__
 if TYPE_CHECKING:
     from fedsim.aggregate import StalenessWeight, reply_weights
     from fedsim.app import simulate
+    from fedsim.checkpoint import CheckpointSchedule
     from fedsim.checks import (
         ConfigError,
         FedsimError,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _HOME = {
     "fedsim.aggregate": "StalenessWeight reply_weights",
     "fedsim.app": "simulate",
+    "fedsim.checkpoint": "CheckpointSchedule",
     "fedsim.recording": "Run",
     "fedsim.checks": "ConfigError FedsimError SimulationError flag number one_of optional_number optional_whole whole",
     "fedsim.federation": "SERVER Federation Reply Task Timer",
@@ -57,6 +59,7 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names.spli
 __all__ = [
     "SERVER",
     "Asynchronous",
+    "CheckpointSchedule",
     "Classification",
     "ConfigError",
     "Context",

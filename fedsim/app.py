@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from fedsim.checks import ConfigError, number, whole
+from fedsim.checkpoint import CheckpointSchedule
+from fedsim.checks import ConfigError, Interrupted, number, whole
+from fedsim.identity import differences, identify, parts_of
+from fedsim.interrupts import Interrupts
 from fedsim.pool import InlinePool, Pool
 from fedsim.problems.base import Problem
-from fedsim.record import check_free
-from fedsim.recording import Recording, Run
+from fedsim.record import RunDirectory, check_free
+from fedsim.recording import Recording, Run, begun
 from fedsim.rng import Randomness
 from fedsim.simulation import Simulation, Stop
 from fedsim.strategy import Strategy
@@ -39,6 +42,9 @@ def simulate(
     eval_every: int = 1,
     out: str | Path | Callable[[], Path] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    allow_changes: bool = False,
+    checkpoint: CheckpointSchedule | None = None,
     config: Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
     observer: Observer | None = None,
@@ -57,6 +63,11 @@ def simulate(
         eval_every: rounds between evaluations; 0 never evaluates.
         out: directory to write the records to, or a function that makes one; nothing is written unless given.
         overwrite: replace a run in ``out``.
+        resume: go on with the run in ``out``, which was stopped, from its last checkpoint; the other arguments must
+            be those it was begun with.
+        allow_changes: resume although the code or the versions of libraries have changed since.
+        checkpoint: when to save the run, if ``out`` is given; every minute unless given. A run with ``out`` that
+            gets a SIGINT or SIGTERM saves itself before it stops.
         config: what to write as ``config.yaml``; what can be said of the arguments unless given.
         labels: names of the parts for the manifest, such as ``{"strategy": "fedavg"}``; class names unless given.
         observer: called with the simulation at the end of every instant.
@@ -64,6 +75,7 @@ def simulate(
     Raises:
         ConfigError: if something handed in is wrong; nothing has been written then.
         SimulationError: if the run cannot go on; what was recorded so far is in ``out``.
+        Interrupted: after a signal; a KeyboardInterrupt.
     """
     if problem is None:
         from fedsim.problems.classification import Classification
@@ -73,25 +85,67 @@ def simulate(
     with _one_thread():
         sim = _assemble(strategy, problem, system, pool, stop, seed, clients, cohort, eval_every)
         described = _describe(sim, seed) if config is None else config
-        if isinstance(out, (str, Path)):
+        identity = identify(described, labels or {}, parts_of(strategy, problem, system))
+        if resume:
+            identity = check_resumable(out, identity, allow_changes)
+        elif isinstance(out, (str, Path)):
             check_free(Path(out), overwrite)
         pool.open(problem, strategy.jobs, sim.randomness)  # before anything is written: there may be no cluster
         try:
-            recording = Recording(out, overwrite, described, labels)
-            return _recorded(sim, recording, observer)
+            directory = _directory(out, overwrite, resume)
+            recording = Recording(directory, described, identity, checkpoint or CheckpointSchedule())
+            return _recorded(sim, recording, observer, resume)
         finally:
             pool.close()
 
 
-def _recorded(sim: Simulation, recording: Recording, observer: Observer | None) -> Run:
+def _directory(out: str | Path | Callable[[], Path] | None, overwrite: bool, resume: bool) -> RunDirectory | None:
+    if out is None:
+        return None
+    path = out() if callable(out) else out
+    return RunDirectory.reopen(path) if resume else RunDirectory.create(path, overwrite)
+
+
+def _recorded(sim: Simulation, recording: Recording, observer: Observer | None, resume: bool) -> Run:
     observers = [recording.tick] if observer is None else [recording.tick, observer]
-    sim.strategy.__dict__["_served"] = True  # not an attribute of the class: subclasses need not call super().__init__
     try:
-        sim.run(observers)
-    except BaseException as error:
-        recording.fail(sim, error)
+        if resume:
+            recording.go_on(sim)
+        else:
+            recording.begin()
+    except BaseException:
+        recording.close()
         raise
-    return recording.finish(sim, {"name": sim.pool.name, "group": getattr(sim.pool, "group", None)})
+    sim.strategy.__dict__["_served"] = True  # not an attribute of the class: subclasses need not call super().__init__
+    with Interrupts() if recording.directory is not None else contextlib.nullcontext() as interrupts:
+        try:
+            sim.run(observers if interrupts is None else [*observers, interrupts.check])
+        except Interrupted as interruption:
+            raise Interrupted(recording.interrupt(sim), interruption.signal) from None
+        except BaseException as error:
+            recording.fail(sim, error)
+            raise
+        return recording.finish(sim, {"name": sim.pool.name, "group": getattr(sim.pool, "group", None)})
+
+
+def check_resumable(out: Any, identity: Mapping[str, Any], allow_changes: bool) -> dict[str, Any]:
+    """Refuse to resume what is no unfinished run of this identity, and give the identity to go on with.
+
+    Raises:
+        ConfigError: saying what has changed.
+    """
+    if not isinstance(out, (str, Path)):
+        raise ConfigError(f"out={out}: resume needs the directory of the run that was stopped")
+    before = begun(Path(out))
+    if before["config_sha256"] != identity["config_sha256"]:
+        raise ConfigError(f"out={out}: holds a run of another configuration, see its config.yaml")
+    changed = differences(before, identity)
+    if changed and not allow_changes:
+        raise ConfigError(
+            f"{out}: was begun with something else ({'; '.join(changed)}), so its results may not be reproducible; "
+            "to go on nevertheless: fedsim resume --allow-changes"
+        )
+    return {**identity, "changed_on_resume": [*before.get("changed_on_resume", []), *changed]}
 
 
 def _assemble(

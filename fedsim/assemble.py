@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.app import MOST_CLIENTS, Observer, check_target, simulate
+from fedsim.checkpoint import CheckpointSchedule
 from fedsim.checks import ConfigError, flag, nearest, whole
 from fedsim.config import GROUPS, PARTS, build
 from fedsim.pool import Pool
@@ -50,8 +51,8 @@ class Assembly:
         self.choices = dict(choices)
         for key, value in config.items():
             if key not in RUN_KEYS and key not in GROUPS:
-                raise ConfigError(f"{key}={value}: unknown key, {nearest(key, (*RUN_KEYS, *PARTS, 'pool'))}")
-        for key in (*RUN_KEYS, *PARTS, "pool"):
+                raise ConfigError(f"{key}={value}: unknown key, {nearest(key, (*RUN_KEYS, *GROUPS))}")
+        for key in (*RUN_KEYS, *PARTS, "pool", "checkpoint"):
             if key not in config:
                 raise ConfigError(f"{key}: must be given")
         self.seed = whole("seed", config["seed"])
@@ -68,6 +69,7 @@ class Assembly:
         system = {name: build(config[name], name) for name in ("compute", "network", "availability", "faults")}
         self.system = System(**system)
         self.pool: Pool = build(config["pool"], "pool")
+        self.checkpoint: CheckpointSchedule = build(config["checkpoint"], "checkpoint")
         self.config = dict(config)
         if not isinstance(self.problem, Problem):
             raise ConfigError(f"problem={self.choices.get('problem')}: {type(self.problem).__name__} is no Problem")
@@ -96,8 +98,14 @@ class Assembly:
         if self.out is not None:
             check_free(self.out, self.overwrite)
 
-    def run(self, observer: Observer | None = None) -> Run:
-        """Run it and write its records to ``out``, or to a new folder under ``runs`` if that is not set."""
+    def run(self, observer: Observer | None = None, resume: bool = False, allow_changes: bool = False) -> Run:
+        """Run it and write its records to ``out``, or to a new folder under ``runs`` if that is not set.
+
+        Args:
+            observer: called at the end of every instant.
+            resume: go on with the run that was stopped in ``out``.
+            allow_changes: even if code or versions have changed since.
+        """
         return simulate(
             self.strategy,
             self.problem,
@@ -110,6 +118,9 @@ class Assembly:
             eval_every=self.eval_every,
             out=self.out or new_folder,
             overwrite=self.overwrite,
+            resume=resume,
+            allow_changes=allow_changes,
+            checkpoint=self.checkpoint,
             config=self.config,
             labels=self.choices,
             observer=observer,

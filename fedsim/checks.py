@@ -31,6 +31,22 @@ class TaskError(SimulationError):
         super().__init__(text)
         self.task = task
 
+    def __reduce__(self) -> tuple[type[TaskError], tuple[str, int]]:
+        return type(self), (str(self), self.task)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the run to stop; it has, at the end of an instant.
+
+    Args:
+        text: one line.
+        signal: its number.
+    """
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.signal = signal
+
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """A sentence such as ``did you mean 'fedavg'?`` or the list of what is allowed."""

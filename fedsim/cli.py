@@ -1,4 +1,4 @@
-"""The command line: ``fedsim run | report | list | doctor``."""
+"""The command line: ``fedsim run | resume | report | list | doctor``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsim.checks import ConfigError, FedsimError
+from fedsim.checks import ConfigError, FedsimError, Interrupted
 from fedsim.version import __version__
-
-COMMANDS = ("run", "report", "list", "doctor")
 
 EPILOG = """\
 examples:
   fedsim run                                        first curve: FedAvg on the embedded images
   fedsim run strategy=fedbuff rounds=60 seed=1      another method, another seed
   fedsim run -m strategy=fedavg,fedbuff seed=0,1,2  a sweep
+  fedsim resume runs/2026-01-31_12-00-00            go on with a run that was stopped
   fedsim report runs/2026-01-31_12-00-00            table and figure of a sweep
   fedsim run --help                                 every group, key and unit
 """
@@ -38,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         print(f"fedsim: out of memory {error}".rstrip(), file=sys.stderr)
         return 1
+    except Interrupted as interruption:
+        print(f"fedsim: {interruption}", file=sys.stderr)
+        return 128 + interruption.signal
     except KeyboardInterrupt:
         print("fedsim: interrupted", file=sys.stderr)
         return 130
@@ -62,6 +64,10 @@ def _command(given: list[str]) -> int:
         return report.main(
             options.directories, format=options.format, out=options.out, target=options.target, metric=options.metric
         )
+    if options.command == "resume":
+        from fedsim import running
+
+        return running.resume(options.directory, options.overrides, options.allow_changes)
     if options.command == "list":
         from fedsim import reference
 
@@ -84,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedsim {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     commands.add_parser("run", help="run one configuration, or a sweep with -m", add_help=False)
+    resume = commands.add_parser("resume", help="go on with a run that was stopped")
+    resume.add_argument("directory", metavar="DIR", help="the run's directory")
+    resume.add_argument("overrides", nargs="*", metavar="pool=...", help="another pool or checkpoint schedule")
+    resume.add_argument("--allow-changes", action="store_true", help="even if code or versions have changed since")
     report = commands.add_parser("report", help="table and figure of finished runs")
     report.add_argument("directories", nargs="+", metavar="DIR", help="a run, or a folder with runs below it")
     report.add_argument("--format", default="rich", help="rich (default), markdown or csv")

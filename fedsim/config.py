@@ -32,7 +32,7 @@ CONFIG_NAME = "config"
 PARTS = ("problem", "data", "partition", "model", "local", "strategy", "compute", "network", "availability", "faults")
 """Groups whose choices become objects."""
 
-GROUPS = (*PARTS, "pool", "experiment")
+GROUPS = (*PARTS, "pool", "checkpoint", "experiment")
 
 
 # ---- composing -----------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ class Kernel:
     def __init__(self, limit: int = 1_000_000) -> None:
         self.now = 0
         self.limit = limit
+        self.handled = 0
+        """Events handled so far."""
         self._heap: list[Entry] = []
         self._sequence = 0
         self._cancelled: set[int] = set()
@@ -97,6 +99,7 @@ class Kernel:
         while self.next_time() == time:
             handle(heapq.heappop(self._heap)[5])
             count += 1
+            self.handled += 1
             if count > self.limit:
                 raise SimulationError(
                     f"more than {self.limit} events at {time / NS:.6g} s of virtual time: "
@@ -108,6 +111,7 @@ class Kernel:
         return {
             "now": self.now,
             "limit": self.limit,
+            "handled": self.handled,
             "heap": list(self._heap),
             "sequence": self._sequence,
             "cancelled": set(self._cancelled),
@@ -117,6 +121,7 @@ class Kernel:
         """Become what :meth:`snapshot` saw."""
         self.now = snapshot["now"]
         self.limit = snapshot["limit"]
+        self.handled = snapshot["handled"]
         self._heap = list(snapshot["heap"])
         self._sequence = snapshot["sequence"]
         self._cancelled = set(snapshot["cancelled"])

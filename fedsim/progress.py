@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
+    from fedsim.recording import Run
     from fedsim.simulation import Simulation
 
 REFRESH_SECONDS = 0.1
@@ -29,17 +30,38 @@ def megabytes(value: int) -> str:
     return f"{value / 1e6:,.1f} MB"
 
 
-class LiveProgress:
-    """An observer that shows where a run is, on a terminal only."""
+def ended(run: Run) -> str:
+    """One line about a finished run."""
+    summary, manifest = run.summary, run.manifest
+    parts = [
+        f"stopped by {summary['stopped']} at {seconds(summary['time'])} of virtual time",
+        f"{summary['updates']} updates",
+        megabytes(summary["down_bytes"] + summary["up_bytes"]),
+    ]
+    parts += [f"{name} {summary['metrics'][name]:.4g}" for name in headline(summary["metrics"])]
+    for outcome in ("rejected", "failed"):
+        if summary["outcomes"].get(outcome):
+            parts.append(f"{summary['outcomes'][outcome]} updates {outcome.upper()}, see run.log")
+    rate, memory = manifest["tasks_per_second"], manifest["peak_memory_bytes"]
+    parts.append(f"took {manifest['wall_seconds']:.1f} s ({rate:,.0f} tasks/s, at most {megabytes(memory)} of memory)")
+    return f"{run.path}: " + ", ".join(parts)
 
-    def __init__(self, title: str) -> None:
+
+class LiveProgress:
+    """An observer that shows where a run is, on a terminal only.
+
+    Args:
+        title: what to call the run; None shows nothing.
+    """
+
+    def __init__(self, title: str | None) -> None:
         self.console = Console(stderr=True)
         self.title = title
         self._shown = 0.0
         self._progress: Progress | None = None
 
     def __enter__(self) -> LiveProgress:
-        if self.console.is_terminal:
+        if self.title is not None and self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=12),

@@ -14,11 +14,11 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsim.checks import ConfigError
+from fedsim.checks import ConfigError, FedsimError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -141,37 +141,63 @@ class Log:
 
 
 class RunDirectory:
-    """One run's directory.
-
-    Args:
-        path: where; made with its parents.
-        overwrite: replace a directory that holds a run.
-
-    Raises:
-        ConfigError: if ``path`` exists and may not be replaced.
-    """
+    """One run's directory, locked as long as the run writes there; made by :meth:`create` or :meth:`reopen`."""
 
     FLUSH_SECONDS = 2.0
 
-    def __init__(self, path: str | Path, overwrite: bool = False) -> None:
-        self.path = Path(os.path.normpath(path))
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
         self._written: dict[str, int] = {}
         self._parts: dict[str, int] = {}
-        check_free(self.path, overwrite)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}.old")
+
+    @classmethod
+    def create(cls, path: str | Path, overwrite: bool = False) -> RunDirectory:
+        """A new directory, with its parents.
+
+        Args:
+            path: where.
+            overwrite: replace a directory that holds a run.
+
+        Raises:
+            ConfigError: if ``path`` exists and may not be replaced.
+        """
+        path = Path(os.path.normpath(path))
+        check_free(path, overwrite)
+        aside = path.with_name(f".{path.name}.{os.getpid()}.old")
         try:
-            if self.path.exists() and any(self.path.iterdir()):
-                self.path.rename(aside)  # so that two runs cannot both take it, and no half of it is ever seen
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / MARKER, "x")  # noqa: SIM115 - held as long as the run writes here
-            self._lock.write("A run of fedsim; overwrite=true may replace this directory.\n")
-            self._lock.flush()
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and any(path.iterdir()):
+                path.rename(aside)  # so that two runs cannot both take it, and no half of it is ever seen
+            path.mkdir(parents=True, exist_ok=True)
+            lock = open(path / MARKER, "x")  # noqa: SIM115 - held as long as the run writes here
+            lock.write("A run of fedsim; overwrite=true may replace this directory.\n")
+            lock.flush()
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if aside.exists() and not self.path.exists():
-                aside.rename(self.path)
-            raise ConfigError(f"out={self.path}: cannot be written: {error.strerror or error}") from None
+            if aside.exists() and not path.exists():
+                aside.rename(path)
+            raise ConfigError(f"out={path}: cannot be written: {error.strerror or error}") from None
         shutil.rmtree(aside, ignore_errors=True)
+        return cls(path, lock)
+
+    @classmethod
+    def reopen(cls, path: str | Path) -> RunDirectory:
+        """The directory of a run that was stopped, to go on writing to it.
+
+        Raises:
+            ConfigError: if it is no run's, or another process writes to it.
+        """
+        path = Path(os.path.normpath(path))
+        try:
+            lock = open(path / MARKER, "r+")  # noqa: SIM115 - held as long as the run writes here
+        except OSError:
+            raise ConfigError(f"{path}: is not a run's directory (it has no {MARKER})") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise ConfigError(f"{path}: is being written by another run") from None
+        return cls(path, lock)
 
     def close(self) -> None:
         """Writing is over: the directory may be replaced."""
@@ -179,9 +205,11 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file, complete or not at all."""
-        draft = self.path / f".{name}.draft"
+        target = self.path / name
+        target.parent.mkdir(exist_ok=True)
+        draft = target.with_name(f".{target.name}.draft")
         draft.write_text(text)
-        os.replace(draft, self.path / name)
+        os.replace(draft, target)
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, complete or not at all."""
@@ -201,6 +229,39 @@ class RunDirectory:
         pq.write_table(log.table(first, last), draft)
         os.replace(draft, folder / f"part-{part:06d}.parquet")
         self._written[name], self._parts[name] = last, part + 1
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """How many parts of each table that grows have been written."""
+        return dict(self._parts)
+
+    def cut_back(self, parts: Mapping[str, int]) -> None:
+        """Delete all parts of the tables that grow but the first ``parts[name]`` of each, and every draft."""
+        for folder in self.path.glob("*.parquet"):
+            kept = {f"part-{number:06d}.parquet" for number in range(parts.get(folder.stem, 0))}
+            if folder.stem in GROWING:
+                for part in folder.iterdir():
+                    if part.name not in kept:
+                        part.unlink()
+        self._parts = dict(parts)
+        self._written = {}
+
+    def read_back(self, name: str, count: int) -> list[tuple[Any, ...] | None]:
+        """The ``count`` rows of a table that are on disk, for a log to begin with; more will be appended.
+
+        Raises:
+            FedsimError: if there are not so many.
+        """
+        import pyarrow.parquet as pq
+
+        rows: list[tuple[Any, ...] | None] = []
+        for number in range(self._parts.get(name, 0)):
+            table = pq.read_table(self.path / f"{name}.parquet" / f"part-{number:06d}.parquet")
+            rows.extend(zip(*(column.to_pylist() for column in table.columns), strict=True))
+        if len(rows) != count:
+            raise FedsimError(f"{self.path / name}.parquet: holds {len(rows)} rows, the checkpoint was made at {count}")
+        self._written[name] = count
+        return rows
 
     def write_log(self, name: str, log: Log) -> None:
         """Write a whole log as a table of one part, in place of what was there."""
@@ -224,6 +285,9 @@ class RunDirectory:
 
 MARKER = ".fedsim-run"
 """The file that makes a directory a run's, and is locked while the run writes there."""
+
+GROWING = ("events", "links")
+"""Tables that get part after part; the others are written whole."""
 
 RUN_FILES = (
     MARKER, "config.yaml", "manifest.json", "summary.json", "run.log", "model.safetensors", "checkpoint",

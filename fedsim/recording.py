@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-import platform
+import resource
+import shutil
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import yaml
 from torch import Tensor
 
-from fedsim.record import RunDirectory
+from fedsim.checkpoint import CheckpointFolder, CheckpointSchedule, UnreadableError
+from fedsim.checks import ConfigError
+from fedsim.record import MARKER, RunDirectory
 from fedsim.simulation import Simulation
 from fedsim.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LOCKED = ("torch", "numpy", "pandas", "pyarrow", "hydra-core", "omegaconf", "safetensors", "scipy", "matplotlib")
-"""Distributions whose versions are part of a run's identity."""
-
-NOT_IDENTITY = ("out", "overwrite")
-"""Configuration keys that say where a run goes, not what it is."""
-
 logger = logging.getLogger("fedsim")
+
+IDENTITY = "identity.json"
+"""What a run is, in its ``checkpoint`` folder from the beginning; at the end it becomes part of the manifest."""
 
 
 @dataclass(frozen=True)
@@ -51,43 +51,97 @@ class Recording:
     """The records of one run.
 
     Args:
-        out: the run's directory, or a function that makes one; None writes nothing and keeps the tables in
-            memory only.
-        overwrite: replace a run in ``out``.
+        directory: where they are written; None keeps the tables in memory only.
         config: the resolved configuration, plain values.
-        labels: names of the parts, for the manifest.
-
-    Raises:
-        ConfigError: if ``out`` exists and may not be replaced.
+        identity: what :func:`fedsim.identity.identify` says.
+        schedule: when the run saves itself.
     """
 
     def __init__(
         self,
-        out: str | Path | Callable[[], Path] | None,
-        overwrite: bool,
+        directory: RunDirectory | None,
         config: Mapping[str, Any],
-        labels: Mapping[str, str] | None = None,
+        identity: Mapping[str, Any],
+        schedule: CheckpointSchedule,
     ) -> None:
+        self.directory, self.identity, self.schedule = directory, dict(identity), schedule
         self.config = dict(config)
-        self.labels = dict(labels or {})
-        self.began = time.time()
-        self._flushed = self.began
+        self.began = self._flushed = self._saved = time.monotonic()
+        self._events_saved = 0
         self._handler: logging.Handler | None = None
-        self.directory = None if out is None else RunDirectory(out() if callable(out) else out, overwrite)
-        if self.directory is not None:
-            self.config["out"] = str(self.directory.path)
-            self.directory.write_text("config.yaml", yaml.safe_dump(self.config, sort_keys=False))
-            self._handler = logging.FileHandler(self.directory.path / "run.log")
+        self._savable = True
+        if directory is not None:
+            self.config["out"] = str(directory.path)
+            self._handler = logging.FileHandler(directory.path / "run.log")
             self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
             logger.addHandler(self._handler)
             if logger.level == logging.NOTSET:
                 logger.setLevel(logging.INFO)
+
+    # ---- begin, or go on ---------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Write what the run is."""
+        if self.directory is not None:
+            # config.yaml is the last: where it is, the run has begun and can be resumed.
+            self.directory.write_json(f"checkpoint/{IDENTITY}", self.identity)
+            self.directory.write_text("config.yaml", yaml.safe_dump(self.config, sort_keys=False))
             logger.info("run begins: fedsim %s, seed %s", __version__, self.config.get("seed"))
 
+    def go_on(self, sim: Simulation) -> None:
+        """Put ``sim`` to where the newest checkpoint left it, or to the beginning if there is none.
+
+        Raises:
+            FedsimError: if there are checkpoints and none can be read, or tables are damaged.
+        """
+        assert self.directory is not None
+        folder = _checkpoints(self.directory, sim)
+        folder.clear()
+        found = folder.newest()
+        if found is None:
+            self.directory.cut_back({})
+            logger.info("run resumed: nothing had been saved, it begins anew")
+        else:
+            about, state = found
+            self.directory.cut_back(about["parts"])
+            events = self.directory.read_back("events", state["tasks"]["rows"])
+            sim.restore(state, events, self.directory.read_back("links", state["links"]["rows"]))
+            self.began -= about["wall_seconds"]
+            logger.info("run resumed at %.6g s of virtual time, %d updates", sim.now, sim.updates)
+        self._events_saved = sim.kernel.handled
+        # What has changed since is what the rest of the run is made with.
+        self.directory.write_json(f"checkpoint/{IDENTITY}", self.identity)
+
+    # ---- while it goes on --------------------------------------------------------------------------
+
     def tick(self, sim: Simulation) -> None:
-        """Write what has been closed since, every few seconds."""
-        if self.directory is not None and time.time() - self._flushed > RunDirectory.FLUSH_SECONDS:
+        """Write what has been closed since, every few seconds, and save the run when that is due."""
+        if self.directory is None:
+            return
+        now = time.monotonic()
+        if self.schedule.due(now - self._saved, sim.kernel.handled - self._events_saved):
+            self.save(sim)
+        elif now - self._flushed > RunDirectory.FLUSH_SECONDS:
             self._flush(sim)
+
+    def save(self, sim: Simulation) -> bool:
+        """Write a checkpoint, between two instants; False if the run cannot be saved, which is told once."""
+        if self.directory is None or not self._savable:
+            return False
+        self._flush(sim)
+        about = {
+            "parts": self.directory.parts,
+            "time": sim.now,
+            "updates": sim.updates,
+            "wall_seconds": round(time.monotonic() - self.began, 3),
+        }
+        try:
+            _checkpoints(self.directory, sim).write(sim.snapshot(), about)
+        except UnreadableError as error:
+            self._savable = False
+            logger.warning("this run cannot be saved and resumed: its state %s", error)
+        self._saved, self._events_saved = time.monotonic(), sim.kernel.handled
+        return self._savable
 
     def _flush(self, sim: Simulation) -> None:
         assert self.directory is not None
@@ -95,7 +149,21 @@ class Recording:
         self.directory.flush("events", sim.tasks.log)
         if sim.links.log.rows:
             self.directory.flush("links", sim.links.log)
-        self._flushed = time.time()
+        self._flushed = time.monotonic()
+
+    # ---- its end -----------------------------------------------------------------------------------
+
+    def interrupt(self, sim: Simulation) -> str:
+        """Save the run because it has been told to stop; a line on how to go on."""
+        assert self.directory is not None
+        path = self.directory.path
+        if self.save(sim):
+            text = f"interrupted at {sim.now:.6g} s of virtual time and saved; go on with: fedsim resume {path}"
+        else:
+            text = f"interrupted at {sim.now:.6g} s of virtual time; it cannot be saved, see {path / 'run.log'}"
+        logger.warning("run %s", text)
+        self.close()
+        return text
 
     def fail(self, sim: Simulation, error: BaseException) -> None:
         """Keep what there is of a run that could not go on."""
@@ -131,6 +199,7 @@ class Recording:
             self.directory.write_json("summary.json", summary)
             logger.info("run ends: %s at %.6g s of virtual time", sim.stopped, sim.now)
             self.directory.write_json("manifest.json", manifest)
+            shutil.rmtree(self.directory.path / "checkpoint")  # there is nothing left to go on with
         self.close()
         import pandas as pd
 
@@ -153,25 +222,61 @@ class Recording:
             # Each group is counted once: a group of g tasks stands in g rows.
             mean = len(trained) / float((1.0 / trained).sum())
             reached = {"min": int(trained.min()), "mean": round(mean, 3), "max": int(trained.max())}
-        identity = {key: value for key, value in self.config.items() if key not in NOT_IDENTITY}
+        seconds = time.monotonic() - self.began
+        labels = self.identity["choices"]
         return {
-            "fedsim": __version__,
-            "python": platform.python_version(),
-            "versions": {name: _version(name) for name in LOCKED},
-            "instruction_set": torch.backends.cpu.get_cpu_capability(),
-            "machine": platform.machine(),
-            "seed": self.config.get("seed"),
-            "strategy": self.labels.get("strategy", type(sim.strategy).__name__.lower()),
-            "problem": self.labels.get("problem", type(sim.problem).__name__.lower()),
-            "choices": self.labels,
-            "config_sha256": hashlib.sha256(yaml.safe_dump(identity, sort_keys=True).encode()).hexdigest(),
+            **self.identity,
+            "strategy": labels.get("strategy", type(sim.strategy).__name__.lower()),
+            "problem": labels.get("problem", type(sim.problem).__name__.lower()),
             "model_sha256": model_sha256(sim),
             "events_sha256": sim.tasks.log.sha256(),
             "clock": "virtual",
-            "wall_seconds": round(time.time() - self.began, 3),
+            "wall_seconds": round(seconds, 3),
+            "tasks_per_second": round(len(sim.tasks.log.rows) / seconds, 1),
+            "peak_memory_bytes": _peak_memory(),
             "pool": dict(pool),
             "group_sizes": reached,
         }
+
+
+def begun(path: Path) -> dict[str, Any]:
+    """The identity of the unfinished run in ``path``.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: does not exist")
+    if (path / "multirun.yaml").exists() and not (path / MARKER).exists():
+        raise ConfigError(f"{path}: is a sweep; run the same `fedsim run -m ... out={path}` again to go on with it")
+    if not (path / MARKER).is_file():
+        raise ConfigError(f"{path}: is not a run's directory (it has no {MARKER})")
+    if (path / "manifest.json").exists():
+        raise ConfigError(f"{path}: this run is complete")
+    try:
+        (path / "config.yaml").stat()
+        identity: dict[str, Any] = json.loads((path / "checkpoint" / IDENTITY).read_text())
+        return identity
+    except (OSError, ValueError):
+        raise ConfigError(f"{path}: was stopped before it had begun; run it again with overwrite=true") from None
+
+
+def _checkpoints(directory: RunDirectory, sim: Simulation) -> CheckpointFolder:
+    shared = {
+        "federation": sim,
+        "strategy": sim.strategy,
+        "problem": sim.problem,
+        "system": sim.system,
+        "pool": sim.pool,
+    }
+    classes_of = [sim.strategy, *sim.strategy.jobs.values(), sim.system.availability]
+    return CheckpointFolder(directory.path / "checkpoint", shared, classes_of)
+
+
+def _peak_memory() -> int:
+    """Most bytes this process has had in memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def model_sha256(sim: Simulation) -> str:
@@ -221,10 +326,3 @@ def client_table(sim: Simulation) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -10,6 +10,7 @@ from fedsim.config import choices, config_folder, described, groups
 HYDRA_FLAGS = """\
 flags
   -m, --multirun        run every combination of comma-separated values: seed=0,1,2 strategy=fedavg,fedbuff
+  -j, --jobs N          runs of a sweep at a time; default one per core
   --cfg job             print the composed configuration and stop
   -sc install=bash      print the tab completion script: eval "$(fedsim -sc install=bash)"
 """

@@ -44,7 +44,8 @@ class Strategy:
         """A timer has gone off."""
 
     def on_lost(self, fed: Federation, task: Task, why: str) -> None:
-        """A task will not be answered: ``dropped``, ``offline``, ``interrupted``, ``deadline`` or ``rejected``."""
+        """A task will not be answered: ``dropped``, ``offline``, ``interrupted``, ``deadline``, ``rejected``
+        or ``failed`` (client code raised)."""
 
     def on_online(self, fed: Federation, client: int) -> None:
         """A client became available; called for every client that is online at time 0."""

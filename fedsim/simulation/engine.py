@@ -37,6 +37,9 @@ LOGGED_WARNINGS = 10
 IDLE_CHANGES = 20_000
 """After so many presence changes during which nothing else happened a run is taken to be stuck."""
 
+CHANGING = ("current", "updates", "samples_done", "staleness_sum", "warnings", "_version", "_picks", "_idle_changes")
+"""A simulation's own attributes that change between instants."""
+
 
 class Simulation(Federation):
     """One run. ``problem`` and ``system`` must have been prepared for the same population.
@@ -77,6 +80,7 @@ class Simulation(Federation):
         self._picks = 0
         self._settling = False
         self._idle_changes = 0
+        self._begun = False
 
     # ---- what a strategy sees --------------------------------------------------------------------
 
@@ -122,10 +126,24 @@ class Simulation(Federation):
     def pick(self, k: int, among: Any = None) -> NDArray[np.int64]:
         """A keyed draw of up to ``k`` idle clients."""
         self._picks += 1
+        if among is None and 0 < 4 * k <= self.clients:
+            found = self._pick_by_trial(k)
+            if found is not None:
+                return found
         pool = self.idle() if among is None else np.intersect1d(self.idle(), np.asarray(among, dtype=np.int64))
         if len(pool) <= k:
             return pool
         return np.sort(pool[self.randomness("pick", self._picks).choice(len(pool), max(k, 0))])
+
+    def _pick_by_trial(self, k: int) -> NDArray[np.int64] | None:
+        """``k`` idle clients without a look at everybody, or None if too many of those tried are away or busy.
+
+        Tries are uniform, so the first ``k`` different idle ones are a uniform draw of the idle.
+        """
+        tried = self.randomness("pick by trial", self._picks).integers(self.clients, 4 * k + 8)
+        idle = tried[self.system.availability.online[tried] & ~self.tasks.busy[tried]]
+        _, first = np.unique(idle, return_index=True)
+        return np.sort(idle[np.sort(first)[:k]]) if len(first) >= k else None
 
     def dispatch(
         self,
@@ -213,7 +231,8 @@ class Simulation(Federation):
         Raises:
             SimulationError: if the run cannot go on.
         """
-        self._begin()
+        if not self._begun:
+            self._begin()
         while self.stopped is None:
             self._advance()
             for observer in observers:
@@ -225,6 +244,42 @@ class Simulation(Federation):
         """Decide what is still open: ``pending``, and ``failed`` for the task that ended the run."""
         self.tasks.close(failed)
         self.links.close()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that changes in the course of a run, between two instants; shared with the run, not copied.
+
+        Devices are drawn anew from the seed, presence apart, which moves on; all randomness is keyed and has no state.
+        """
+        return {
+            **{name: getattr(self, name) for name in CHANGING},
+            "kernel": self.kernel.snapshot(),
+            "tasks": self.tasks.snapshot(),
+            "links": self.links.snapshot(),
+            "evaluation": self.evaluation.snapshot(),
+            "strategy": vars(self.strategy),
+            "availability": vars(self.system.availability),
+        }
+
+    def restore(
+        self, snapshot: dict[str, Any], events: list[tuple[Any, ...] | None], links: list[tuple[Any, ...] | None]
+    ) -> None:
+        """Become what :meth:`snapshot` saw; :meth:`run` then goes on from there.
+
+        Args:
+            snapshot: of a run put together from the same parts.
+            events: the rows of ``events`` that were closed then.
+            links: the rows of ``links`` there were.
+        """
+        for name in CHANGING:
+            setattr(self, name, snapshot[name])
+        self.kernel.restore(snapshot["kernel"])
+        self.tasks.restore(snapshot["tasks"], events)
+        self.links.restore(snapshot["links"], links)
+        self.evaluation.restore(snapshot["evaluation"])
+        for part, saved in ((self.strategy, "strategy"), (self.system.availability, "availability")):
+            vars(part).clear()
+            vars(part).update(snapshot[saved])
+        self._begun = True
 
     def _begin(self) -> None:
         self.strategy.start(self)

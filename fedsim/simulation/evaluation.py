@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedsim.checks import SimulationError
 from fedsim.record import METRIC_COLUMNS, Log
@@ -49,6 +49,16 @@ class Evaluation:
                 f"target={target}: the strategy's views give no '{name}'; call the one it is judged by \"global\""
             )
         return self.latest[name] >= target if side == "above" else self.latest[name] <= target
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that :meth:`restore` needs, the whole log included: it is short."""
+        log = {"columns": self.log.columns, "rows": self.log.rows}
+        return {"latest": self.latest, "next": self._next, "taken": self._taken, **log}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Become what :meth:`snapshot` saw."""
+        self.latest, self._next, self._taken = snapshot["latest"], snapshot["next"], snapshot["taken"]
+        self.log.columns, self.log.rows = snapshot["columns"], snapshot["rows"]
 
     def _take(self) -> None:
         sim = self.sim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.checks import SimulationError
+from fedsim.checks import SimulationError, TaskError
 from fedsim.federation import Clients, Reply
 from fedsim.kernel import Phase, to_ns
 from fedsim.local import LocalSGD, TensorSpec
@@ -115,7 +115,7 @@ class Lifecycle:
         for task in batch:
             self._schedule(task)
             if task.stage is not Stage.NONE:
-                task.work = None  # it will drop out, so nobody will see its result
+                task.work = task.result = None  # it will drop out, so nobody will see its result
             elif task.result is None:
                 self._waiting[task.id] = task
 
@@ -165,21 +165,30 @@ class Lifecycle:
 
     # ---- training --------------------------------------------------------------------------------
 
-    def _train(self, tasks: list[LiveTask]) -> None:
-        """Hand tasks to the pool."""
-        works = [task.work for task in tasks if task.work is not None]
+    def _train(self, tasks: Sequence[LiveTask]) -> None:
+        """Hand tasks to the pool; what it has done at once is taken in at once."""
         for task in tasks:
             self._waiting.pop(task.id, None)
-            task.work = None
-        self.sim.pool.submit(works)
+        self.sim.pool.submit([task.work for task in tasks if task.work is not None])
+        self._collect(tasks)
+
+    def _collect(self, tasks: Iterable[LiveTask]) -> None:
+        """Take in the results that are there."""
+        results = self.sim.pool.ready([task.id for task in tasks])
+        for task_id, result in results.items():
+            self._keep(self._open[task_id], result)
+
+    def _keep(self, task: LiveTask, result: Result) -> None:
+        """Only now is the task's work not needed any more, in case the run is stopped and resumed."""
+        task.result, task.group, task.work = result, result.group, None
 
     def _result(self, task: LiveTask) -> Result:
         """The task's result; the first one that is missing trains all that wait."""
+        if task.result is None and task.id in self._waiting:
+            self._train(list(self._waiting.values()))
         if task.result is None:
-            if task.id in self._waiting:
-                self._train(list(self._waiting.values()))
-            task.result = self.sim.pool.result(task.id)
-            task.group = task.result.group
+            self._keep(task, self.sim.pool.result(task.id))
+        assert task.result is not None
         return task.result
 
     # ---- ends ------------------------------------------------------------------------------------
@@ -188,6 +197,9 @@ class Lifecycle:
         """The result is here: free the client, check what came, hand it to the strategy."""
         sim = self.sim
         result = self._result(task)
+        if result.error is not None:
+            self._fail(task, result.error)
+            return
         task.handle = None
         task.status = Status.ARRIVED
         self._release(task)
@@ -202,6 +214,15 @@ class Lifecycle:
             return
         reply = Reply(task.view(), sim.now, int(sim.samples[task.client]), result.payload)
         sim.strategy.on_reply(sim, reply)
+
+    def _fail(self, task: LiveTask, error: TaskError) -> None:
+        """Client code raised: the end of the run, or, if the faults model says so, of the task before its upload."""
+        said = f"{type(self.sim.strategy).__name__}: {error}"
+        if self.sim.system.faults.on_error == "fail":
+            raise TaskError(said, task.id) from error
+        self.sim.warn(f"a task is lost, {said}", "client code that raised")
+        task.ended, task.why = task.upload_started, "failed"
+        self.lose(task)
 
     def _malformed(self, payload: dict[str, Tensor], spec: dict[str, TensorSpec]) -> str:
         if payload.keys() != spec.keys():
@@ -218,7 +239,7 @@ class Lifecycle:
         """The server notices that a task will not be answered."""
         task.handle = None
         self._release(task)
-        outcome = {"interrupted": "interrupted", "deadline": "late"}.get(task.why, "dropped")
+        outcome = {"interrupted": "interrupted", "deadline": "late", "failed": "failed"}.get(task.why, "dropped")
         self._decide(task, outcome)
         self._count_lost(task)
         self.sim.strategy.on_lost(self.sim, task.view(), task.why)
@@ -267,9 +288,9 @@ class Lifecycle:
             task.handle = None
         if task.ended is None or task.ended > at:  # else it was over before, for a reason of its own
             task.ended, task.why = task.seen_until(at), why
-        if self._waiting.pop(task.id, None) is None and task.work is None and task.result is None:
+        if self._waiting.pop(task.id, None) is None and task.work is not None:
             self.sim.pool.forget(task.id)
-        task.work = None
+        task.work = task.result = None
 
     def _release(self, task: LiveTask) -> None:
         """The client is idle again."""
@@ -362,6 +383,41 @@ class Lifecycle:
                 return fresh
             self._states[client] = fresh
         return self._states[client]
+
+    # ---- stop and resume -------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that :meth:`restore` needs, between two instants; shared with the run, not copied.
+
+        Results that are ready are part of it. Tasks still in training are saved as what they will be trained from.
+        """
+        self._collect(task for task in self._open.values() if task.work is not None and task.id not in self._waiting)
+        closed = self.log.closed()
+        return {
+            "outcomes": self.outcomes,
+            "bytes": (self.bytes_down, self.bytes_up),
+            "busy": list(self.of_client.values()),
+            "open": list(self._open.values()),
+            "nth": self._nth,
+            "next": self._next,
+            "states": self._states,
+            "lost_in_a_row": self._lost_in_a_row,
+            "rows": closed,
+            "later_rows": self.log.rows[closed:],
+        }
+
+    def restore(self, snapshot: dict[str, Any], rows: list[tuple[Any, ...] | None]) -> None:
+        """Become what :meth:`snapshot` saw; ``rows`` are the log's first ones, which were on disk."""
+        self.outcomes = snapshot["outcomes"]
+        self.bytes_down, self.bytes_up = snapshot["bytes"]
+        self.of_client = {task.client: task for task in snapshot["busy"]}
+        self.busy[list(self.of_client)] = True
+        self._open = {task.id: task for task in snapshot["open"]}
+        self._waiting = {task.id: task for task in snapshot["open"] if task.work is not None}
+        self._nth, self._next = snapshot["nth"], snapshot["next"]
+        self._states = snapshot["states"]
+        self._lost_in_a_row = snapshot["lost_in_a_row"]
+        self.log.rows = [*rows, *snapshot["later_rows"]]
 
 
 def _snapshot(tensor: Tensor, copies: Copies) -> Tensor:

@@ -53,9 +53,9 @@ class Links:
         self.sim = sim
         self.log = Log(LINK_COLUMNS)
         self._bytes_done = 0
-        self._letters: dict[int, Letter] = {}
-        self._gossip: dict[int, Gossip] = {}
-        """What is under way, by identity, in the order it was sent."""
+        self._letters: dict[Letter, None] = {}
+        self._gossip: dict[Gossip, None] = {}
+        """What is under way, in the order it was sent."""
 
     # ---- single messages -------------------------------------------------------------------------
 
@@ -71,7 +71,7 @@ class Links:
         specs = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in payload.values()]
         letter = Letter(src, dst, tag, payload, message_bytes(specs, sim.layout), sim.kernel.now)
         due = sim.kernel.now + max(1, self._travel(letter))
-        self._letters[id(letter)] = letter
+        self._letters[letter] = None
         sim.kernel.schedule(due, Phase.MESSAGE, ("message", letter), dst, src)
 
     def _travel(self, letter: Letter) -> int:
@@ -103,7 +103,7 @@ class Links:
         moved = self._moved(letter)
         self._bytes_done += moved
         self.log.append((letter.src, letter.dst, letter.sent / NS, arrived, moved, _text(letter.tag)))
-        del self._letters[id(letter)]
+        del self._letters[letter]
 
     # ---- gossip ----------------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Links:
         due = now + np.maximum(1, sim.system.network.link(src, dst, nbytes))
         kept = vectors.detach().to(sim.layout.dtype, copy=True)
         gossip = Gossip(kept, weights, tag, src, dst, due, nbytes, now)
-        self._gossip[id(gossip)] = gossip
+        self._gossip[gossip] = None
         sim.kernel.schedule(int(due.max(initial=now + 1)), Phase.MESSAGE, ("exchange", gossip))
 
     def deliver_exchange(self, gossip: Gossip) -> None:
@@ -137,7 +137,7 @@ class Links:
         edges = zip(gossip.src.tolist(), gossip.dst.tolist(), gossip.due.tolist(), moved.tolist(), strict=True)
         for src, dst, due, nbytes in edges:
             self.log.append((src, dst, sent, due / NS if due <= now else None, nbytes, tag))
-        del self._gossip[id(gossip)]
+        del self._gossip[gossip]
 
     def _moved_exchange(self, gossip: Gossip) -> NDArray[np.int64]:
         elapsed = np.full(len(gossip.src), self.sim.kernel.now - gossip.sent)
@@ -147,15 +147,29 @@ class Links:
 
     def bytes_moved(self) -> int:
         """Bytes that have travelled between nodes so far, parts of what is under way included."""
-        letters = sum(self._moved(letter) for letter in self._letters.values())
-        return self._bytes_done + letters + sum(int(self._moved_exchange(each).sum()) for each in self._gossip.values())
+        letters = sum(self._moved(letter) for letter in self._letters)
+        return self._bytes_done + letters + sum(int(self._moved_exchange(each).sum()) for each in self._gossip)
 
     def close(self) -> None:
         """The run is over: what is under way never arrives."""
-        for letter in list(self._letters.values()):
+        for letter in list(self._letters):
             self._end(letter, None)
-        for gossip in list(self._gossip.values()):
+        for gossip in list(self._gossip):
             self._end_exchange(gossip)
+
+    # ---- stop and resume -------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """Everything that :meth:`restore` needs; shared with the run, not copied."""
+        under_way = {"letters": list(self._letters), "gossip": list(self._gossip)}
+        return {"bytes_done": self._bytes_done, "rows": len(self.log.rows), **under_way}
+
+    def restore(self, snapshot: dict[str, Any], rows: list[tuple[Any, ...] | None]) -> None:
+        """Become what :meth:`snapshot` saw; ``rows`` are the log's, which were on disk."""
+        self._bytes_done = snapshot["bytes_done"]
+        self._letters = dict.fromkeys(snapshot["letters"])
+        self._gossip = dict.fromkeys(snapshot["gossip"])
+        self.log.rows = rows
 
 
 def _among_online(mixing_matrix: Tensor, online: NDArray[np.bool_]) -> Tensor:

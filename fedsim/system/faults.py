@@ -35,13 +35,20 @@ class Faults:
         on_offline: what becomes of a task whose client goes offline: ``finish``, ``lose``, ``pause``;
             None leaves it to :meth:`offline_policy`.
         detect: seconds until the server notices a loss.
+        on_error: what a client whose local code raises brings about: ``fail`` ends the run, ``drop`` loses the
+            task (outcome ``failed``).
 
     Raises:
         ConfigError: if an argument is out of range or an unknown name.
     """
 
     def __init__(
-        self, dropout: float = 0.0, when: str = "during", on_offline: str | None = None, detect: float = 0.0
+        self,
+        dropout: float = 0.0,
+        when: str = "during",
+        on_offline: str | None = None,
+        detect: float = 0.0,
+        on_error: str = "fail",
     ) -> None:
         self.dropout = number("dropout", dropout, least=0, most=1)
         self.when = one_of("when", when, (*_STAGES, "any"))
@@ -49,6 +56,7 @@ class Faults:
         self.detect = seconds("detect", detect, least=0)
         self.detect_ns = to_ns(self.detect)
         """``detect`` in nanoseconds."""
+        self.on_error = one_of("on_error", on_error, ("fail", "drop"))
 
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Take the run's randomness; nothing is drawn per client."""
