@@ -97,8 +97,7 @@ class CheckpointFolder:
             UnreadableError: if ``state`` holds something that could not be read back.
         """
         self.path.mkdir(exist_ok=True)
-        data, tensors = self._encode(state)
-        packed = safetensors.torch.save(tensors)
+        data, packed = self._encode(state)
         sizes = {"format": FORMAT, "tensors": len(packed), "state": len(data)}
         digest = hashlib.sha256(packed + data).hexdigest()
         numbers = [_number(path) for path in self._files()]
@@ -144,14 +143,18 @@ class CheckpointFolder:
 
     # ---- one file --------------------------------------------------------------------------------
 
-    def _encode(self, state: Any) -> tuple[bytes, dict[str, Tensor]]:
+    def _encode(self, state: Any) -> tuple[bytes, bytes]:
+        """The pickle, and the tensors."""
         buffer = io.BytesIO()
         pickler = _Pickler(buffer, self.shared, self._allowed)
         try:
             pickler.dump(state)
-        except (pickle.PicklingError, TypeError, AttributeError, RecursionError) as error:
-            raise UnreadableError(_first_line(error)) from None
-        return buffer.getvalue(), pickler.tensors
+            packed = safetensors.torch.save(pickler.tensors)
+        except UnreadableError:
+            raise
+        except Exception as error:  # whatever a user's object does when it is pickled
+            raise UnreadableError(f"cannot be pickled: {_first_line(error)}") from None
+        return buffer.getvalue(), packed
 
     def _read(self, path: Path) -> tuple[dict[str, Any], Any]:
         try:

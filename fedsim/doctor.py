@@ -9,7 +9,18 @@ from importlib import metadata
 from fedsim.checks import FedsimError
 from fedsim.version import __version__
 
-PACKAGES = ("torch", "numpy", "pandas", "pyarrow", "hydra-core", "omegaconf", "matplotlib", "rich", "safetensors")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "hydra-core",
+    "omegaconf",
+    "matplotlib",
+    "ray",
+    "rich",
+    "safetensors",
+)
 
 
 def main() -> int:

@@ -73,7 +73,7 @@ def sweep(overrides: Sequence[str], jobs: int | None) -> int:
     states = _check_members(composed, names, folder)
     if jobs is None:
         alone = all(choices["pool"] == "inline" for _, choices in composed)
-        jobs = len(os.sched_getaffinity(0)) if alone else 1
+        jobs = _cores() if alone else 1
     running = Sweep(folder or new_folder(), names, states, jobs)
     rest = [each for each in overrides if each.partition("=")[0] != "out"]
     with running:
@@ -202,6 +202,13 @@ def hydra_main(arguments: list[str], task: Any) -> None:
         task(config)
 
     hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(called)()
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not everywhere
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # ---- before anything is written --------------------------------------------------------------------

@@ -347,3 +347,38 @@ def test_virtual_time_never_reads_the_wall_clock(kind):
     pd.testing.assert_frame_equal(quick.metrics, slow.metrics)
     for name in ("events_sha256", "model_sha256"):
         assert quick.manifest[name] == slow.manifest[name]
+
+
+# ---- picks ---------------------------------------------------------------------------------------
+
+
+class Picking(fedsim.Strategy):
+    """Picks ``k`` many times over while some clients are busy and others offline."""
+
+    def __init__(self, k, times, busy=()):
+        super().__init__(ONE_STEP)
+        self.k, self.times, self.busy, self.picked = k, times, list(busy), []
+
+    def settle(self, fed):
+        if not self.picked:
+            fed.dispatch(self.busy)
+            self.picked = [fed.pick(self.k).tolist() for _ in range(self.times)]
+            fed.stop("done")
+
+
+@pytest.mark.parametrize(("clients", "k", "idle"), [(40, 1, 37), (40, 9, 30), (40, 3, 4), (40, 30, 37), (7, 3, 5)])
+def test_picks_are_uniform_over_the_idle_whichever_way_they_are_drawn(clients, k, idle):
+    # By trial where many are idle, from the list of the idle where few are or many are wanted.
+    times, offline = 4000, tuple(range(idle, clients - 1))
+    strategy = Picking(k, times, busy=[clients - 1])
+    schedule(
+        strategy, fedsim.Stop(rounds=1), system=fedsim.System(availability=Scripted(absent=offline)), clients=clients,
+    )  # fmt: skip
+    for picked in strategy.picked:
+        assert len(set(picked)) == k
+        assert picked == sorted(picked)
+    counts = np.bincount(np.concatenate(strategy.picked), minlength=clients)
+    assert counts[idle:].sum() == 0
+    share = k / idle
+    # Each count is binomial: none of 40 lies beyond 4.5 standard deviations but once in 3,700 seeds; the seed is fixed.
+    assert np.abs(counts[:idle] - times * share).max() <= 4.5 * math.sqrt(times * share * (1 - share)) + 1e-9

@@ -193,15 +193,31 @@ def everything(out: Path, **more: Any) -> fedsim.Run:
     )
 
 
-@pytest.mark.parametrize("instants", [1, 9, 40, 81])
-def test_everything_a_run_can_hold_is_saved(instants: int, tmp_path: Path) -> None:
-    whole = everything(tmp_path / "whole")
-    assert len(whole.links) > 50
-    assert set(whole.events.outcome) >= {"applied", "rejected", "dropped"}
-    with pytest.raises(StoppedError):
-        everything(tmp_path / "run", observer=stop_after(instants))
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """An undisturbed run, and how many instants it took."""
+    out, instants = tmp_path_factory.mktemp("whole") / "run", []
+    run = everything(out, observer=instants.append)
+    assert len(run.links) > 50
+    assert set(run.events.outcome) >= {"applied", "rejected", "dropped"}
+    return out, len(instants)
+
+
+@pytest.mark.parametrize("at", ["begin", "early", "middle", "last but one", "end"])
+def test_everything_a_run_can_hold_is_saved(at: str, whole: tuple[Path, int], tmp_path: Path) -> None:
+    out, last = whole
+    instants = {"begin": 1, "early": 9, "middle": last // 2, "last but one": last - 1, "end": last}[at]
+
+    def interrupt(sim: Any) -> None:
+        nonlocal instants
+        instants -= 1
+        if instants == 0:
+            os.kill(os.getpid(), signal.SIGINT)  # the run saves itself at this very instant
+
+    with pytest.raises(Interrupted):
+        everything(tmp_path / "run", observer=interrupt)
     everything(tmp_path / "run", resume=True)
-    same(tmp_path / "run", tmp_path / "whole")
+    same(tmp_path / "run", out)
 
 
 def test_only_the_last_two_are_kept_and_none_of_a_complete_run(tmp_path: Path) -> None:
@@ -216,8 +232,9 @@ def test_only_the_last_two_are_kept_and_none_of_a_complete_run(tmp_path: Path) -
     assert not (tmp_path / "run/checkpoint").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    everything(tmp_path / "whole")
+def test_a_damaged_checkpoint_is_passed_over(
+    whole: tuple[Path, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(StoppedError):
         everything(tmp_path / "run", observer=stop_after(60))
     _, new = sorted((tmp_path / "run/checkpoint").glob("checkpoint-*"))
@@ -225,7 +242,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level("WARNING", "fedsim"):
         everything(tmp_path / "run", resume=True)
     assert f"{new}: is damaged" in caplog.text
-    same(tmp_path / "run", tmp_path / "whole")
+    same(tmp_path / "run", whole[0])
 
 
 def test_without_any_readable_checkpoint_it_says_so_and_leaves_everything(tmp_path: Path) -> None:
@@ -412,7 +429,7 @@ def test_resume_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "complete already" in capsys.readouterr().out
 
 
-def test_sigterm_too_and_handlers_are_given_back(tmp_path: Path) -> None:
+def test_sigterm_too_and_handlers_are_given_back(whole: tuple[Path, int], tmp_path: Path) -> None:
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
 
     def terminate(sim: Any) -> None:
@@ -423,6 +440,5 @@ def test_sigterm_too_and_handlers_are_given_back(tmp_path: Path) -> None:
         everything(tmp_path / "run", observer=terminate)
     assert caught.value.signal == signal.SIGTERM
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
-    everything(tmp_path / "whole")
     everything(tmp_path / "run", resume=True)
-    same(tmp_path / "run", tmp_path / "whole")
+    same(tmp_path / "run", whole[0])

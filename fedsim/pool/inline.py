@@ -35,7 +35,11 @@ class InlinePool(Pool):
         """
         if self._trainer is not None:
             raise ConfigError("pool: this pool is in use by another run; give every run its own")
-        self._trainer = GeneralTrainer(problem, copy.deepcopy(dict(jobs)), randomness)
+        try:
+            own = copy.deepcopy(dict(jobs))
+        except TypeError as error:  # a lock, an open file
+            raise ConfigError(f"a local rule must be plain settings: {error}") from None
+        self._trainer = GeneralTrainer(problem, own, randomness)
 
     def submit(self, works: Sequence[Work]) -> None:
         """Train now, in groups of at most ``group``."""

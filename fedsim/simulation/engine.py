@@ -37,7 +37,9 @@ LOGGED_WARNINGS = 10
 IDLE_CHANGES = 20_000
 """After so many presence changes during which nothing else happened a run is taken to be stuck."""
 
-CHANGING = ("current", "updates", "samples_done", "staleness_sum", "warnings", "_version", "_picks", "_idle_changes")
+CHANGING = (
+    "current", "updates", "samples_done", "staleness_sum", "stopped", "warnings", "_version", "_picks", "_idle_changes",
+)  # fmt: skip
 """A simulation's own attributes that change between instants."""
 
 
