@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,14 +26,16 @@ class TaskError(SimulationError):
 
     Args:
         task: the task's id.
+        fatal: whether it ends the run whatever the faults model says: it is this machine's failure, not the client's.
     """
 
-    def __init__(self, text: str, task: int) -> None:
+    def __init__(self, text: str, task: int, fatal: bool = False) -> None:
         super().__init__(text)
         self.task = task
+        self.fatal = fatal
 
-    def __reduce__(self) -> tuple[type[TaskError], tuple[str, int]]:
-        return type(self), (str(self), self.task)
+    def __reduce__(self) -> tuple[type[TaskError], tuple[str, int, bool]]:
+        return type(self), (str(self), self.task, self.fatal)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,6 +49,16 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, text: str, signal: int) -> None:
         super().__init__(text)
         self.signal = signal
+
+
+def said(error: BaseException) -> str:
+    """The first line of what somebody's exception says, without colours; its class if it says nothing."""
+    try:
+        text = str(error)
+    except Exception:  # user code may raise anything, even here
+        text = ""
+    first = re.sub(r"\x1b\[[0-9;]*m", "", text).strip().partition("\n")[0]
+    return first or type(error).__name__
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import yaml
 from torch import Tensor
 
@@ -282,7 +283,7 @@ def _peak_memory() -> int:
 def model_sha256(sim: Simulation) -> str:
     """Hash of the model's dtype, size and bytes."""
     total = hashlib.sha256(f"{sim.layout.dtype}:{sim.layout.size}\n".encode())
-    total.update(sim.current.contiguous().numpy().tobytes())
+    total.update(sim.current.contiguous().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     return total.hexdigest()
 
 

@@ -114,3 +114,10 @@ def tiny(tmp_path, examples, clients):
         y_test=np.arange(6) % 2,
     )
     return fedsim.Classification(NpzFile(str(tmp_path / "tiny.npz")), Logistic(), Iid(), validation=0.0)
+
+
+def checked(result):
+    """A result, or what client code raised instead of it."""
+    if result.error is not None:
+        raise result.error
+    return result

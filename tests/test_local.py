@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support import checked
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -68,7 +69,7 @@ def train(
     count = int(rule.local_steps(ids, problem.samples[ids])[0]) if steps is None else steps
     settings = {"start": problem.initial(), "message": {}, "state": {}, "lr": rule.lr, **more}
     work = Work(task=9, client=client, nth=nth, job="train", steps=count, **settings)
-    return GeneralTrainer(problem, {"train": rule}, Randomness(SEED)).train([work])[0].checked()
+    return checked(GeneralTrainer(problem, {"train": rule}, Randomness(SEED)).train([work])[0])
 
 
 def curve(problem: Quadratic, client: int = 0) -> tuple[Tensor, Tensor]:
@@ -496,7 +497,7 @@ def test_a_group_gives_what_each_task_gives_alone_in_its_order() -> None:
     together = trainer.train(works)
     assert [result.group for result in together] == [5] * 5
     for work, result in zip(works, together, strict=True):
-        alone = GeneralTrainer(problem, {"train": rule}, Randomness(SEED)).train([work])[0].checked()
+        alone = checked(GeneralTrainer(problem, {"train": rule}, Randomness(SEED)).train([work])[0])
         assert torch.equal(alone.payload["delta"], result.payload["delta"])
         assert alone.group == 1
 

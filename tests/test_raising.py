@@ -63,3 +63,69 @@ def test_a_run_in_which_everybody_fails_ends():
 
     with pytest.raises(fedsim.SimulationError, match="were all lost without one result"):
         raising(Hopeless, "drop")
+
+
+# ---- what is wrong in other ways -------------------------------------------------------------------
+
+
+class Unspeakable(Exception):  # noqa: N818
+    def __str__(self):
+        raise RuntimeError("bad str")
+
+
+def finishing(what):
+    class Finishing(fedsim.LocalSGD):
+        def finish(self, ctx, x):
+            if ctx.clients[0] == 3:
+                return what(x)
+            return super().finish(ctx, x)
+
+    return Finishing
+
+
+def unspeakable(x):
+    raise Unspeakable
+
+
+WRONG = {
+    "none": (lambda x: None, "TypeError: the payload must be a dict of tensors, is a NoneType"),
+    "list": (lambda x: [x], "TypeError: the payload must be a dict of tensors, is a list"),
+    "number": (lambda x: {"delta": 3.0}, "n = 1 here, 'delta' is float"),
+    "0-d": (lambda x: {"delta": x.sum()}, "n = 1 here, 'delta' is []"),
+    "no stack": (lambda x: {"delta": x[0]}, "n = 1 here, 'delta' is [10]"),
+    "unspeakable": (unspeakable, "raised Unspeakable: Unspeakable (client 3"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_whatever_client_code_gives_back_the_error_names_the_client(case):
+    what, expected = WRONG[case]
+    with pytest.raises(fedsim.SimulationError) as caught:
+        raising(finishing(what), "fail")
+    assert expected in str(caught.value)
+    assert "(client 3, task " in str(caught.value)
+    assert set(raising(finishing(what), "drop").events.query("outcome == 'failed'").client) == {3}
+
+
+def test_a_lack_of_memory_ends_the_run_whatever_the_policy():
+    # How much there is depends on the machine and on the group, and results must not.
+    def hungry(x):
+        raise MemoryError
+
+    with pytest.raises(fedsim.SimulationError, match=r"Finishing raised MemoryError: out of memory.*client 3"):
+        raising(finishing(hungry), "drop")
+
+
+def test_what_a_rule_writes_to_itself_reaches_no_other_task():
+    class Counting(fedsim.LocalSGD):
+        count = 0
+
+        def finish(self, ctx, x):
+            self.count = self.count + 1
+            return {"delta": x - ctx.start + self.count}
+
+    class Always(fedsim.LocalSGD):
+        def finish(self, ctx, x):
+            return {"delta": x - ctx.start + 1}
+
+    assert raising(Counting, "fail").manifest["model_sha256"] == raising(Always, "fail").manifest["model_sha256"]

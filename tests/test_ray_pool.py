@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.server
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +17,11 @@ from typing import Any
 import pytest
 import ray
 import torch
+from support import checked
 
 import fedsim
 from fedsim.pool import InlinePool, Pool
+from fedsim.pool.connection import _refuse_silent
 from fedsim.pool.ray import RayPool
 from fedsim.pool.worker import Worker
 from fedsim.rng import Randomness
@@ -153,7 +157,7 @@ def test_tensors_of_every_precision_come_back_to_the_bit(opened: Callable[..., R
     # The second has nothing to share a stack with.
     pool.submit([work(0, message=message, state=state), work(1, message={"brain": message["brain"]}, state=state)])
     for task, sent in ((0, message), (1, {"brain": message["brain"]})):
-        result = pool.result(task).checked()
+        result = checked(pool.result(task))
         for got, expected in ((result.payload, sent), (result.state, {"a": state["b"], "b": state["a"]})):
             assert got.keys() == expected.keys()
             for name, tensor in expected.items():
@@ -223,7 +227,7 @@ def test_an_error_comes_with_the_result_and_is_not_raised(opened: Callable[..., 
         assert "(client 1, task 1, job 'main', local step 0)" in str(result.error)
         each.submit([work(9)])
         with pytest.raises(fedsim.SimulationError, match="out of memory: one task alone does not fit"):
-            each.result(9).checked()
+            checked(each.result(9))
 
 
 class Hungry(fedsim.LocalSGD):
@@ -258,7 +262,7 @@ def test_a_worker_without_a_core_does_not_hold_up_the_run(opened: Any) -> None:
     taken = hold_cores(2)
     pool = opened(workers=3, group=1)
     pool.submit([work(task) for task in range(6)])
-    assert [pool.result(task).checked().steps for task in range(6)] == [1] * 6
+    assert [checked(pool.result(task)).steps for task in range(6)] == [1] * 6
     assert pool._crew.joined() == 1
     assert pool._crew.missing() == "2 of 3 workers wait for a core each, Ray has 0 free"
     ray.kill(taken)
@@ -277,7 +281,7 @@ def test_a_busy_cluster_is_waited_for_and_the_log_says_so(
     pool.submit([work(0)])
     threading.Timer(1.5, ray.kill, [taken]).start()
     with caplog.at_level("WARNING", "fedsim"):
-        assert pool.result(0).checked().steps == 1
+        assert checked(pool.result(0)).steps == 1
     assert "still waiting: 2 of 2 workers wait for a core each, Ray has 0 free" in caplog.text
 
 
@@ -307,7 +311,7 @@ def test_a_worker_that_dies_is_restarted_and_counted(caplog: pytest.LogCaptureFi
     os.kill(pool._crew.members[0].process, signal.SIGKILL)
     pool.submit([work(task) for task in range(1, 7)])
     with caplog.at_level("WARNING", "fedsim"):
-        assert [pool.result(task).checked().steps for task in range(1, 7)] == [1] * 6
+        assert [checked(pool.result(task)).steps for task in range(1, 7)] == [1] * 6
     assert pool.restarts == 1
     assert "Ray worker 0 died and was restarted" in caplog.text
     assert len(pool._store) == 0
@@ -333,7 +337,7 @@ def test_tasks_of_a_lost_node_go_first_in_their_order(
     with pytest.raises(fedsim.SimulationError, match="all Ray workers are lost, and for 0 s no node had a core"):
         pool._look_after_nodes()
     monkeypatch.undo()
-    assert [pool.result(task).checked().steps for task in range(5)] == [1] * 5
+    assert [checked(pool.result(task)).steps for task in range(5)] == [1] * 5
 
 
 class Stillborn:
@@ -462,3 +466,39 @@ def test_results_nobody_asks_for_are_not_kept() -> None:
 def test_inline_never_imports_ray() -> None:
     code = "import sys, fedsim; fedsim.simulate; fedsim.Classification; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_far_more_workers_than_cores_are_refused() -> None:
+    code = "import fedsim.cli; raise SystemExit(fedsim.cli.main(['run', 'pool=ray', 'pool.workers=4000', 'out=never']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert re.search(r"pool.workers=4000: must be from 1 to \d+ here, 8 for each core", done.stderr)
+
+
+def test_a_port_where_something_else_answers_is_refused_at_once() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(fedsim.ConfigError, match="no Ray there"):
+            _refuse_silent(f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.usefixtures("cluster")
+def test_the_head_of_a_ray_that_runs_is_not_refused() -> None:
+    _refuse_silent(ray.get_runtime_context().gcs_address)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_model_in_half_precision_runs_to_its_end_with_the_same_bits() -> None:
+    def half() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)).to(torch.bfloat16)
+
+    def go(pool: Pool) -> fedsim.Run:
+        problem, stop = fedsim.Classification(model=half), fedsim.Stop(rounds=2)
+        return fedsim.simulate(FedAvg(fedsim.LocalSGD(steps=2)), problem, pool=pool, stop=stop, clients=8, cohort=4)
+
+    inline = go(InlinePool())
+    assert hashes(go(RayPool(2))) == hashes(inline)
+    assert next(iter(inline.model.values())).dtype == torch.bfloat16

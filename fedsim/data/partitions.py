@@ -75,7 +75,7 @@ class Drawn(Spread):
 
     def of(self, client: int) -> Indices:
         """One client's examples, in the order drawn."""
-        positions: Indices = self._positions(self.randomness("partition", client).uniform(self._words)[None])[0]
+        positions: Indices = self.draw(np.array([client]))[0]
         return positions
 
     def draw(self, clients: Indices) -> Indices:

@@ -13,6 +13,14 @@ CONNECT_SECONDS = 5.0
 """How long a cluster's head may take to accept a connection."""
 
 
+SETTINGS = 4
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, SETTINGS, 0, 0, 0, 0, 0])
+"""How HTTP/2 begins, which Ray's head speaks: it answers with its own settings, a frame of kind 4 (RFC 9113, 3.4)."""
+
+MOST_PER_CORE = 8
+"""Most workers of a Ray of our own for each core: each costs seconds to start and a process of 300 MB."""
+
+
 def import_ray() -> Any:
     """The ray package, told to keep quiet. Importing it takes a moment, so only a run that needs it does."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported
@@ -29,16 +37,20 @@ def connect(ray: Any, address: str | None, workers: int | None) -> bool:
         Whether this call connected, so that ``ray.shutdown`` has to follow in the end.
 
     Raises:
-        ConfigError: if there is no Ray at ``address``.
+        ConfigError: if there is no Ray at ``address``, or ``workers`` are far more than this machine has cores.
     """
     if ray.is_initialized():  # somebody's own, in a notebook say: used, and left running
         return False
     if address not in (None, "auto"):
         _refuse_silent(str(address))
+    cores = os.cpu_count() or 1
+    if address is None and workers is not None and workers > MOST_PER_CORE * cores:
+        most = MOST_PER_CORE * cores
+        raise ConfigError(f"pool.workers={workers}: must be from 1 to {most} here, {MOST_PER_CORE} for each core")
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address is None:
-            ray.init(address="local", num_cpus=max(workers or 0, os.cpu_count() or 1), **quiet)
+            ray.init(address="local", num_cpus=max(workers or 0, cores), **quiet)
         else:
             ray.init(address=address, **quiet)
     except BaseException as error:
@@ -51,13 +63,20 @@ def connect(ray: Any, address: str | None, workers: int | None) -> bool:
 
 
 def _refuse_silent(address: str) -> None:
-    """Ray itself would wait for minutes where nobody answers.
+    """Ray itself would wait for minutes where nobody answers, or somebody else does.
 
     Raises:
-        ConfigError: if nobody does.
+        ConfigError: if it is so.
     """
     host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"pool.address={address}: give auto or host:port of a running Ray")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except (OSError, ValueError) as error:
+        with socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as line:
+            line.settimeout(CONNECT_SECONDS)
+            line.sendall(HELLO)
+            answer = line.recv(9)  # a frame's header: three bytes of length, then its kind
+    except (OSError, OverflowError) as error:
         raise ConfigError(f"pool.address={address}: no Ray there ({error}), give auto or host:port") from None
+    if len(answer) < 4 or answer[3] != SETTINGS:
+        raise ConfigError(f"pool.address={address}: no Ray there (something else answers), give auto or host:port")

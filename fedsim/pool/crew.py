@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fedsim.checks import ConfigError, SimulationError
+from fedsim.checks import ConfigError, SimulationError, said
 from fedsim.pool.worker import Worker
 
 logger = logging.getLogger("fedsim")
@@ -201,11 +201,6 @@ class Crew:
         for member in self.members:
             self._ray.kill(member.actor)
         self.members = []
-
-
-def said(error: BaseException) -> str:
-    """The class and first line of what Ray or a worker raised."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _name(node: str, nodes: list[dict[str, Any]]) -> str:

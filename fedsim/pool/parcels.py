@@ -96,8 +96,8 @@ class Results:
     """As ``payload``."""
     steps: list[int]
     group: int
-    errors: dict[int, str]
-    """What client code said, by position in the group."""
+    errors: dict[int, TaskError]
+    """What client code raised, by position in the group."""
 
     @classmethod
     def of(cls, results: Sequence[Result]) -> Results:
@@ -107,16 +107,15 @@ class Results:
             state=_stacked([result.state for result in results]),
             steps=[result.steps for result in results],
             group=len(results),
-            errors={position: str(each.error) for position, each in enumerate(results) if each.error is not None},
+            errors={position: each.error for position, each in enumerate(results) if each.error is not None},
         )
 
     def unpacked(self, tasks: Sequence[int]) -> list[Result]:
         """The results of these tasks, in memory of their own."""
         payload, state = _rows(self.payload, len(tasks)), _rows(self.state, len(tasks))
-        errors = [TaskError(self.errors[i], task) if i in self.errors else None for i, task in enumerate(tasks)]
         return [
-            Result(one_payload, one_state, steps, self.group, error)
-            for one_payload, one_state, steps, error in zip(payload, state, self.steps, errors, strict=True)
+            Result(payload[position], state[position], self.steps[position], self.group, self.errors.get(position))
+            for position in range(len(tasks))
         ]
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedsim.checks import ConfigError, SimulationError, number, optional_whole
+from fedsim.checks import ConfigError, SimulationError, number, optional_whole, said
 from fedsim.local import LocalSGD
 from fedsim.pool.base import Pool, group_setting, group_size
 from fedsim.pool.connection import connect, import_ray
-from fedsim.pool.crew import Crew, LostNode, Member, said
+from fedsim.pool.crew import Crew, LostNode, Member
 from fedsim.pool.parcels import Parcel, shared_tensors
 from fedsim.pool.store import TensorStore
 from fedsim.pool.usercode import pickled_with_user_code
@@ -170,7 +170,7 @@ class RayPool(Pool):
         for first in range(count):
             members = ordered[first::count]
             group = Group(members, shared_tensors(members))
-            self._store.keep(group.shared, self._ray.put)
+            self._store.keep(group.shared)
             self._queue.append(group)
         self._hand_out()
 
@@ -215,7 +215,7 @@ class RayPool(Pool):
             group.join(member)
             places = {id(tensor): place for place, tensor in enumerate(group.shared)}
             parcels = [Parcel.of(work, places) for work in group.works]
-            references = self._store.references(group.shared)
+            references = self._store.references(group.shared, self._ray.put)
             self._running[member.actor.train.remote(parcels, self._shared, *references)] = group
 
     def _take_in(self, timeout: float) -> None:
@@ -273,8 +273,10 @@ class RayPool(Pool):
         group.failures += 1
         in_worker = isinstance(error, errors.RayTaskError) and not isinstance(error.cause, errors.RayError)
         if in_worker or group.failures > RETRIES:
-            raise SimulationError(f"{who} failed on {group}: {said(error)}") from error
-        logger.warning("%s failed on %s; they are trained again: %s", who, group, said(error))
+            raise SimulationError(f"{who} failed on {group}: {type(error).__name__}: {said(error)}") from error
+        logger.warning(
+            "%s failed on %s; they are trained again: %s", who, group, f"{type(error).__name__}: {said(error)}"
+        )
         # The groups that shared the worker with it may have been the reason, or it theirs.
         group.room = QUEUED
         self._queue.appendleft(group)

@@ -17,8 +17,9 @@ class Stored:
 
     tensor: Tensor
     """Kept so that no other tensor can take over its identity."""
-    reference: Any
-    users: int
+    reference: Any = None
+    """Ray's, once a group that needs it has been handed out."""
+    users: int = 0
     """Groups that need it."""
 
 
@@ -29,18 +30,19 @@ class TensorStore:
         self._stored: dict[int, Stored] = {}
 
     def __len__(self) -> int:
-        return len(self._stored)
+        """How many tensors lie in the object store."""
+        return sum(stored.reference is not None for stored in self._stored.values())
 
-    def keep(self, tensors: Sequence[Tensor], put: Callable[[Packed], Any]) -> None:
-        """One more group needs each of these; what is not there yet is put there, by ``ray.put``."""
+    def keep(self, tensors: Sequence[Tensor]) -> None:
+        """One more group needs each of these, or will."""
         for tensor in tensors:
-            stored = self._stored.get(id(tensor))
-            if stored is None:
-                self._stored[id(tensor)] = stored = Stored(tensor, put(Packed.of(tensor)), 0)
-            stored.users += 1
+            self._stored.setdefault(id(tensor), Stored(tensor)).users += 1
 
-    def references(self, tensors: Sequence[Tensor]) -> list[Any]:
-        """Ray's references to tensors that are kept."""
+    def references(self, tensors: Sequence[Tensor], put: Callable[[Packed], Any]) -> list[Any]:
+        """Ray's references to kept tensors; what is not in the object store yet is put there, by ``ray.put``."""
+        for stored in (self._stored[id(tensor)] for tensor in tensors):
+            if stored.reference is None:
+                stored.reference = put(Packed.of(stored.tensor))
         return [self._stored[id(tensor)].reference for tensor in tensors]
 
     def release(self, tensors: Sequence[Tensor]) -> None:

@@ -218,7 +218,7 @@ class Lifecycle:
     def _fail(self, task: LiveTask, error: TaskError) -> None:
         """Client code raised: the end of the run, or, if the faults model says so, of the task before its upload."""
         said = f"{type(self.sim.strategy).__name__}: {error}"
-        if self.sim.system.faults.on_error == "fail":
+        if error.fatal or self.sim.system.faults.on_error == "fail":
             raise TaskError(said, task.id) from error
         self.sim.warn(f"a task is lost, {said}", "client code that raised")
         task.ended, task.why = task.upload_started, "failed"

@@ -37,18 +37,8 @@ class Result:
     group: int = 1
     """How many tasks were trained together."""
     error: TaskError | None = None
-    """What client code raised. It is raised when the result is asked for and not before, so that a task nobody
-    waits for any more cannot end a run."""
-
-    def checked(self) -> Result:
-        """The result itself.
-
-        Raises:
-            TaskError: if client code raised.
-        """
-        if self.error is not None:
-            raise self.error
-        return self
+    """What client code raised. It counts when the result is due and not before, so that a task nobody waits for any
+    more cannot end a run."""
 
 
 def out_of_memory(tasks: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.checks import TaskError
+from fedsim.checks import TaskError, said
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
@@ -72,36 +73,52 @@ class GeneralTrainer(Trainer):
         return [self._train_one(work, len(group)) for work in group]
 
     def _train_one(self, work: Work, group: int) -> Result:
-        rule = self.jobs[work.job]
+        # A copy, so that what a rule writes to itself cannot reach another task: state belongs into the context.
+        rule = copy.copy(self.jobs[work.job])
         context = SingleContext(work, rule, self.problem, self.randomness)
         try:
             payload = rule.run(context)
+            taken: set[int] = set()
+            return Result(
+                payload=_single(payload, "the payload", taken),
+                state=_single(context.state, "ctx.state", taken),
+                steps=int(context.steps[0]),
+                group=group,
+            )
         except (Exception, SystemExit) as error:
-            said = str(error).partition("\n")[0]
-            if _no_memory(error):
-                said = f"{out_of_memory(group)} ({said})" if said else out_of_memory(group)
+            no_memory = _no_memory(error)
+            text = f"{out_of_memory(group)} ({said(error)})" if no_memory else said(error)
             failure = TaskError(
-                f"{type(rule).__name__} raised {type(error).__name__}: {said} "
+                f"{type(rule).__name__} raised {type(error).__name__}: {text} "
                 f"(client {work.client}, task {work.task}, job '{work.job}', local step {context.step + 1})",
                 work.task,
+                fatal=no_memory,
             )
             failure.__cause__ = error
             return Result({}, {}, 0, group, failure)
-        taken: set[int] = set()
-        return Result(
-            payload={name: _own(tensor[0].detach(), taken) for name, tensor in payload.items()},
-            state={name: _own(tensor[0].detach(), taken) for name, tensor in context.state.items()},
-            steps=int(context.steps[0]),
-            group=group,
-        )
 
 
 def _no_memory(error: BaseException) -> bool:
     """Whether an allocation failed. PyTorch's allocator of main memory has no exception class of its own."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    said = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "not enough memory" in said)
+    text = said(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
+
+
+def _single(stack: Any, what: str, taken: set[int]) -> dict[str, Tensor]:
+    """The one row of a stack's named tensors.
+
+    Raises:
+        TypeError: if a rule made something else of it.
+    """
+    if not isinstance(stack, Mapping):
+        raise TypeError(f"{what} must be a dict of tensors, is a {type(stack).__name__}")
+    for name, tensor in stack.items():
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) != 1:
+            shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{what} must hold tensors [n, ...] with n = 1 here, '{name}' is {shape}")
+    return {str(name): _own(tensor[0].detach(), taken) for name, tensor in stack.items()}
 
 
 def _own(tensor: Tensor, taken: set[int]) -> Tensor:
