@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedsim.checkpoint import CheckpointSchedule
@@ -103,7 +107,15 @@ def _directory(out: str | Path | Callable[[], Path] | None, overwrite: bool, res
     if out is None:
         return None
     path = out() if callable(out) else out
-    return RunDirectory.reopen(path) if resume else RunDirectory.create(path, overwrite)
+    if not resume:
+        return RunDirectory.create(path, overwrite)
+    directory = RunDirectory.reopen(path)
+    try:
+        begun(directory.path)  # once more, now that nobody else can write: it may have been completed meanwhile
+    except BaseException:
+        directory.close()
+        raise
+    return directory
 
 
 def _recorded(sim: Simulation, recording: Recording, observer: Observer | None, resume: bool) -> Run:
@@ -223,10 +235,29 @@ def _describe(sim: Simulation, seed: int) -> dict[str, Any]:
     }
 
 
-def _plain(part: Any) -> dict[str, Any]:
-    settings = {
-        name: value
-        for name, value in sorted(vars(part).items())
-        if not name.startswith("_") and isinstance(value, (bool, int, float, str, type(None)))
-    }
-    return {"_target_": f"{type(part).__module__}.{type(part).__qualname__}", **settings}
+def _plain(part: Any) -> Any:
+    """A part's settings as values that YAML can hold; arrays and weights that were handed in as hashes."""
+    if isinstance(part, (bool, int, float, str, type(None))):
+        return part
+    if isinstance(part, (list, tuple)):
+        return [_plain(each) for each in part]
+    if isinstance(part, Mapping):
+        return {str(key): _plain(each) for key, each in part.items()}
+    if isinstance(part, np.ndarray):
+        return {"sha256": hashlib.sha256(np.ascontiguousarray(part).tobytes()).hexdigest()}
+    if isinstance(part, torch.Tensor):
+        return _plain(part.detach().cpu().contiguous().view(torch.uint8).numpy() if part.ndim else part.item())
+    kind = part if isinstance(part, (type, FunctionType)) else type(part)
+    name = {"_target_": f"{kind.__module__}.{kind.__qualname__}"}
+    if isinstance(part, torch.nn.Module):
+        return {**name, "weights": _plain(part.state_dict())}
+    if kind is part:
+        return name
+    wanted = inspect.signature(kind.__init__).parameters
+    held = {key: each for key, each in sorted(getattr(part, "__dict__", {}).items()) if not key.startswith("_")}
+    return {**name, **{key: _plain(each) for key, each in held.items() if key in wanted or _is_setting(each)}}
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether an attribute is a plain value or an object of ours that holds such; arrays are made, not set."""
+    return isinstance(value, (bool, int, float, str, type(None))) or type(value).__module__.startswith("fedsim.")

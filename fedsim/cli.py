@@ -57,6 +57,11 @@ def _command(given: list[str]) -> int:
         from fedsim import running
 
         return running.complete(given)
+    if given and given[0] == "resume":  # argparse takes no flag between a list's words
+        given = [
+            *[each for each in given if each != "--allow-changes"],
+            *[each for each in given if each == "--allow-changes"],
+        ]
     options = _parser().parse_args(given)
     if options.command == "report":
         from fedsim import report
@@ -86,11 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Federated learning in virtual time: asynchronous, parallel, reproducible to the bit.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"fedsim {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     commands.add_parser("run", help="run one configuration, or a sweep with -m", add_help=False)
-    resume = commands.add_parser("resume", help="go on with a run that was stopped")
+    resume = commands.add_parser("resume", help="go on with a run that was stopped", allow_abbrev=False)
     resume.add_argument("directory", metavar="DIR", help="the run's directory")
     resume.add_argument("overrides", nargs="*", metavar="pool=...", help="another pool or checkpoint schedule")
     resume.add_argument("--allow-changes", action="store_true", help="even if code or versions have changed since")

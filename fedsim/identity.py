@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from fedsim.checkpoint import belong_together, is_foreign
 from fedsim.version import __version__
 
 LOCKED = ("torch", "numpy", "pandas", "pyarrow", "hydra-core", "omegaconf", "safetensors", "scipy", "matplotlib")
@@ -58,9 +59,12 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 
 
 def code_sha256(parts: Iterable[Any]) -> str:
-    """Hash of fedsim's source files and of the files that define the classes of ``parts``."""
+    """Hash of fedsim's source files, of those that define the classes of ``parts``, and of modules beside these."""
     total = hashlib.sha256(_own_code())
-    users = {each.__module__ for one in parts for each in type(one).__mro__ if _is_users(each.__module__)}
+    made_of = {each.__module__ for one in parts for each in type(one).__mro__ if _is_users(each.__module__)}
+    users = {
+        name for name in list(sys.modules) if _is_users(name) and any(belong_together(name, one) for one in made_of)
+    }
     for name in sorted(users):
         total.update(f"{name}\n".encode())
         total.update(Path(str(sys.modules[name].__file__)).read_bytes())
@@ -98,8 +102,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def _is_users(module: str) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
-    package = module.partition(".")[0]
-    return file is not None and file.endswith(".py") and package not in ("fedsim", *sys.stdlib_module_names)
+    ours = module.partition(".")[0] == "fedsim"
+    return file is not None and file.endswith(".py") and not ours and (module == "__main__" or not is_foreign(module))
 
 
 def _installed(name: str) -> str:

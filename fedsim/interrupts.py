@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -49,7 +49,8 @@ class Interrupts:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self._restore()
-        print("fedsim: stopping at the end of this instant to save the run; once more stops at once", file=sys.stderr)
+        text = b"fedsim: stopping at the end of this instant to save the run; once more stops at once\n"
+        os.write(2, text)  # print may be in the middle of something
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsim.checks import ConfigError, FedsimError
+from fedsim.checks import ConfigError, FedsimError, said
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -227,6 +227,8 @@ class RunDirectory:
             return
         draft = folder / f".part-{part:06d}.draft"
         pq.write_table(log.table(first, last), draft)
+        with open(draft, "rb+") as written:
+            os.fsync(written.fileno())  # a checkpoint counts on it, also after a power failure
         os.replace(draft, folder / f"part-{part:06d}.parquet")
         self._written[name], self._parts[name] = last, part + 1
 
@@ -235,32 +237,35 @@ class RunDirectory:
         """How many parts of each table that grows have been written."""
         return dict(self._parts)
 
-    def cut_back(self, parts: Mapping[str, int]) -> None:
-        """Delete all parts of the tables that grow but the first ``parts[name]`` of each, and every draft."""
-        for folder in self.path.glob("*.parquet"):
-            kept = {f"part-{number:06d}.parquet" for number in range(parts.get(folder.stem, 0))}
-            if folder.stem in GROWING:
-                for part in folder.iterdir():
-                    if part.name not in kept:
-                        part.unlink()
-        self._parts = dict(parts)
-        self._written = {}
+    def cut_back(self, parts: Mapping[str, int], rows: Mapping[str, int]) -> None:
+        """Delete every draft and all parts of the tables that grow but the first ``parts[name]``, with ``rows[name]``
+        rows, of each; what is flushed from now on follows these."""
+        for name in GROWING:
+            for part in (self.path / f"{name}.parquet").glob("*"):
+                number = part.stem.rpartition("-")[2]
+                if part.name.startswith(".") or not number.isdigit() or int(number) >= parts.get(name, 0):
+                    part.unlink()
+        self._parts, self._written = dict(parts), dict(rows)
 
-    def read_back(self, name: str, count: int) -> list[tuple[Any, ...] | None]:
-        """The ``count`` rows of a table that are on disk, for a log to begin with; more will be appended.
+    def read_back(self, name: str, parts: int, count: int) -> list[tuple[Any, ...] | None]:
+        """The ``count`` rows in the first ``parts`` parts of a table, for a log to begin with.
 
         Raises:
-            FedsimError: if there are not so many.
+            FedsimError: if they are not there.
         """
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         rows: list[tuple[Any, ...] | None] = []
-        for number in range(self._parts.get(name, 0)):
-            table = pq.read_table(self.path / f"{name}.parquet" / f"part-{number:06d}.parquet")
+        for number in range(parts):
+            path = self.path / f"{name}.parquet" / f"part-{number:06d}.parquet"
+            try:
+                table = pq.read_table(path)
+            except (OSError, pa.ArrowException) as error:
+                raise FedsimError(f"{path}: is damaged, and the checkpoint counts on it ({said(error)})") from None
             rows.extend(zip(*(column.to_pylist() for column in table.columns), strict=True))
         if len(rows) != count:
             raise FedsimError(f"{self.path / name}.parquet: holds {len(rows)} rows, the checkpoint was made at {count}")
-        self._written[name] = count
         return rows
 
     def write_log(self, name: str, log: Log) -> None:

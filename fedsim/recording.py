@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -19,8 +21,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from fedsim.checkpoint import CheckpointFolder, CheckpointSchedule, UnreadableError
-from fedsim.checks import ConfigError
+from fedsim.checkpoint import CheckpointFolder, CheckpointSchedule
+from fedsim.checks import ConfigError, FedsimError, SimulationError, said
+from fedsim.encoding import UnreadableError
 from fedsim.record import MARKER, RunDirectory
 from fedsim.simulation import Simulation
 from fedsim.version import __version__
@@ -70,7 +73,7 @@ class Recording:
         self.began = self._flushed = self._saved = time.monotonic()
         self._events_saved = 0
         self._handler: logging.Handler | None = None
-        self._savable = True
+        self._looked, self._savable = False, True
         if directory is not None:
             self.config["out"] = str(directory.path)
             self._handler = logging.FileHandler(directory.path / "run.log")
@@ -100,18 +103,24 @@ class Recording:
         folder.clear()
         found = folder.newest()
         if found is None:
-            self.directory.cut_back({})
+            self.directory.cut_back({}, {})
             logger.info("run resumed: nothing had been saved, it begins anew")
         else:
-            about, state = found
-            self.directory.cut_back(about["parts"])
-            events = self.directory.read_back("events", state["tasks"]["rows"])
-            sim.restore(state, events, self.directory.read_back("links", state["links"]["rows"]))
-            self.began -= about["wall_seconds"]
+            try:
+                self._restore(self.directory, sim, *found)
+            except (LookupError, TypeError, AttributeError, ValueError) as error:
+                raise FedsimError(f"{folder.path}: the checkpoint is not one of this run ({said(error)})") from error
             logger.info("run resumed at %.6g s of virtual time, %d updates", sim.now, sim.updates)
         self._events_saved = sim.kernel.handled
         # What has changed since is what the rest of the run is made with.
         self.directory.write_json(f"checkpoint/{IDENTITY}", self.identity)
+
+    def _restore(self, directory: RunDirectory, sim: Simulation, about: dict[str, Any], state: Any) -> None:
+        parts, rows = about["parts"], {"events": state["tasks"]["rows"], "links": state["links"]["rows"]}
+        logs = {name: directory.read_back(name, parts.get(name, 0), rows[name]) for name in rows}
+        sim.restore(state, logs["events"], logs["links"])
+        directory.cut_back(parts, rows)
+        self.began -= about["wall_seconds"]
 
     # ---- while it goes on --------------------------------------------------------------------------
 
@@ -120,10 +129,25 @@ class Recording:
         if self.directory is None:
             return
         now = time.monotonic()
+        if not self._looked:
+            self._look(sim)
         if self.schedule.due(now - self._saved, sim.kernel.handled - self._events_saved):
             self.save(sim)
         elif now - self._flushed > RunDirectory.FLUSH_SECONDS:
             self._flush(sim)
+
+    def _look(self, sim: Simulation) -> None:
+        """See at the beginning whether the run can be saved at all, so that nobody counts on it in vain."""
+        assert self.directory is not None
+        self._looked = True
+        try:
+            _checkpoints(self.directory, sim).encode(sim.snapshot())
+        except UnreadableError as error:
+            self._cannot(error)
+
+    def _cannot(self, error: UnreadableError) -> None:
+        self._savable = False
+        logger.warning("this run cannot be saved and resumed: its state %s", error)
 
     def save(self, sim: Simulation) -> bool:
         """Write a checkpoint, between two instants; False if the run cannot be saved, which is told once."""
@@ -139,29 +163,42 @@ class Recording:
         try:
             _checkpoints(self.directory, sim).write(sim.snapshot(), about)
         except UnreadableError as error:
-            self._savable = False
-            logger.warning("this run cannot be saved and resumed: its state %s", error)
+            self._cannot(error)
+        except OSError as error:
+            raise self._unwritable(error) from error
         self._saved, self._events_saved = time.monotonic(), sim.kernel.handled
         return self._savable
 
     def _flush(self, sim: Simulation) -> None:
         assert self.directory is not None
-        self.directory.write_log("metrics", sim.evaluation.log)  # short, and a view may add a column late
-        self.directory.flush("events", sim.tasks.log)
-        if sim.links.log.rows:
-            self.directory.flush("links", sim.links.log)
+        try:
+            self.directory.write_log("metrics", sim.evaluation.log)  # short, and a view may add a column late
+            self.directory.flush("events", sim.tasks.log)
+            if sim.links.log.rows:
+                self.directory.flush("links", sim.links.log)
+        except OSError as error:
+            raise self._unwritable(error) from error
         self._flushed = time.monotonic()
+
+    def _unwritable(self, error: OSError) -> SimulationError:
+        assert self.directory is not None
+        how = f"when that is mended, go on with: {self._how_to_go_on()}"
+        return SimulationError(f"{self.directory.path}: cannot be written ({said(error)}); {how}")
+
+    def _how_to_go_on(self) -> str:
+        assert self.directory is not None
+        return f"fedsim resume {shlex.quote(str(self.directory.path))}"
 
     # ---- its end -----------------------------------------------------------------------------------
 
     def interrupt(self, sim: Simulation) -> str:
         """Save the run because it has been told to stop; a line on how to go on."""
         assert self.directory is not None
-        path = self.directory.path
+        text = f"interrupted at {sim.now:.6g} s of virtual time"
         if self.save(sim):
-            text = f"interrupted at {sim.now:.6g} s of virtual time and saved; go on with: fedsim resume {path}"
+            text += f" and saved; go on with: {self._how_to_go_on()}"
         else:
-            text = f"interrupted at {sim.now:.6g} s of virtual time; it cannot be saved, see {path / 'run.log'}"
+            text += f"; it cannot be saved, see {self.directory.path / 'run.log'}"
         logger.warning("run %s", text)
         self.close()
         return text
@@ -170,8 +207,9 @@ class Recording:
         """Keep what there is of a run that could not go on."""
         sim.close(getattr(error, "task", None))
         if self.directory is not None:
-            self._flush(sim)
-            logger.error("run failed at %.6g s: %s: %s", sim.now, type(error).__name__, error)
+            logger.error("run failed at %.6g s: %s: %s", sim.now, type(error).__name__, said(error))
+            with contextlib.suppress(SimulationError):  # what failed may be the writing itself
+                self._flush(sim)
         self.close()
 
     def close(self) -> None:
@@ -252,14 +290,26 @@ def begun(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is a sweep; run the same `fedsim run -m ... out={path}` again to go on with it")
     if not (path / MARKER).is_file():
         raise ConfigError(f"{path}: is not a run's directory (it has no {MARKER})")
-    if (path / "manifest.json").exists():
+    if is_complete(path):
         raise ConfigError(f"{path}: this run is complete")
     try:
         (path / "config.yaml").stat()
         identity: dict[str, Any] = json.loads((path / "checkpoint" / IDENTITY).read_text())
-        return identity
-    except (OSError, ValueError):
+        if not isinstance(identity["versions"], dict) or not identity["config_sha256"]:
+            raise TypeError
+        return {"choices": {}, **identity}
+    except OSError:
         raise ConfigError(f"{path}: was stopped before it had begun; run it again with overwrite=true") from None
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(f"{path / 'checkpoint' / IDENTITY}: is damaged; run it again with overwrite=true") from None
+
+
+def is_complete(path: Path) -> bool:
+    """Whether a run's directory holds a complete run: its manifest is written last."""
+    try:
+        return "model_sha256" in json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _checkpoints(directory: RunDirectory, sim: Simulation) -> CheckpointFolder:

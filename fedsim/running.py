@@ -13,7 +13,7 @@ from fedsim.assemble import Assembly
 from fedsim.checks import ConfigError, nearest, whole
 from fedsim.config import compose_run, expand
 from fedsim.progress import LiveProgress, ended
-from fedsim.recording import begun
+from fedsim.recording import begun, is_complete
 from fedsim.sweeps import Composed, hydra_main, sweep
 
 COMMANDS = ("run", "resume", "report", "list", "doctor")
@@ -35,6 +35,9 @@ def main(arguments: Sequence[str]) -> int:
     overrides: list[str] = []
     while given:
         word = given.pop(0)
+        word, equals, value = word.partition("=") if word.startswith("--jobs=") else (word, "", "")
+        if equals:
+            given.insert(0, value)
         if word in ("-h", "--help"):
             from fedsim.reference import run_help
 
@@ -86,15 +89,15 @@ def resume(directory: str, overrides: Sequence[str], allow_changes: bool) -> int
 
     Args:
         directory: of the run.
-        overrides: of ``pool`` and ``checkpoint`` only: how it is executed may change, what it is may not. With any
-            given, both groups are as the command line says.
+        overrides: of ``pool`` and ``checkpoint`` only: how it is executed may change, what it is may not. A group
+            that is touched is as the command line says, with the defaults of its choice.
         allow_changes: even if code or versions have changed since.
 
     Raises:
         ConfigError: if there is nothing to go on with.
     """
     path = Path(directory)
-    if (path / "manifest.json").exists():
+    if is_complete(path):
         print(f"{path}: this run is complete already")
         return 0
     identity = begun(path)
@@ -102,18 +105,30 @@ def resume(directory: str, overrides: Sequence[str], allow_changes: bool) -> int
         raise ConfigError(
             f"{path}: was begun in Python; call fedsim.simulate(..., resume=True) with the same arguments"
         )
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    choices = identity["choices"]
+    config, choices = _begun_with(path), identity["choices"]
     for each in overrides:
         if each.partition("=")[0].partition(".")[0] not in HOW:
             raise ConfigError(f"{each}: a run is resumed as it was begun; only {' and '.join(HOW)} may change")
     if overrides:
-        config |= {group: node for group, node in compose_run(overrides, Path.cwd())[0].items() if group in HOW}
+        kept = [f"{group}={choices[group]}" for group in HOW if f"{group}=" not in "".join(overrides)]
+        composed = _compose_single([*kept, *overrides])[0]
+        config |= {group: composed[group] for group in HOW if any(each.startswith(group) for each in overrides)}
     assembly = Assembly({**config, "out": str(path)}, choices)
     with LiveProgress(choices.get("strategy", "run")) as progress:
         run = assembly.run(progress, resume=True, allow_changes=allow_changes)
     print(ended(run))
     return 0
+
+
+def _begun_with(path: Path) -> dict[str, Any]:
+    """The configuration of a run."""
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path / 'config.yaml'}: is damaged; run it again with overwrite=true")
+    return config
 
 
 def _number(word: str) -> Any:

@@ -1,6 +1,8 @@
 """What a strategy is: plain state and event handlers, and helpers for synchronous and asynchronous servers.
 
-A strategy may be saved at any event, so it holds no threads, generators, lambdas or open files.
+A strategy may be saved between any two instants, so it holds values, containers, arrays, detached tensors and objects
+of its own module's classes, and no threads, generators, functions or open files. What it changes must lie in the object
+itself, not in its class; a set is iterated over in sorted order, for its own is not saved.
 """
 
 from __future__ import annotations

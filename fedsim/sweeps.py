@@ -6,6 +6,7 @@ complete members alone and goes on with those that were stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,9 +14,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import Any
 
@@ -33,10 +35,10 @@ from fedsim.config import (
     register_strategies,
     search_path,
 )
-from fedsim.identity import differences, identify, parts_of
+from fedsim.identity import config_sha256, differences, identify, parts_of
 from fedsim.progress import LiveProgress, ended
 from fedsim.record import MARKER, check_free
-from fedsim.recording import begun
+from fedsim.recording import IDENTITY, begun, is_complete
 
 Composed = tuple[dict[str, Any], dict[str, str]]
 """A configuration and the choices it was made of."""
@@ -70,6 +72,8 @@ def sweep(overrides: Sequence[str], jobs: int | None) -> int:
     composed = [compose_run(member, Path.cwd()) for member in members]
     given = composed[0][0]["out"]
     folder = None if given is None else Path(str(given))
+    if folder is not None:
+        names = _names_there(composed, names, folder)
     states = _check_members(composed, names, folder)
     if jobs is None:
         alone = all(choices["pool"] == "inline" for _, choices in composed)
@@ -170,6 +174,7 @@ class Sweep:
 def _run_member(config: dict[str, Any], choices: dict[str, str], title: str, resume: bool, alone: bool) -> None:
     """The body of a member's process; its exit status says how it went."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep's own process gets it and tells us by a SIGTERM
+    Thread(target=_stop_with_parent, daemon=True).start()
     try:
         with LiveProgress(title if alone else None) as progress:
             run = Assembly(config, choices).run(progress, resume)
@@ -184,6 +189,14 @@ def _run_member(config: dict[str, Any], choices: dict[str, str], title: str, res
         traceback.print_exc()
         status = 1
     sys.exit(status)
+
+
+def _stop_with_parent() -> None:
+    """Save the run and stop when the sweep's own process is killed: else the next one would find it still at work."""
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def hydra_main(arguments: list[str], task: Any) -> None:
@@ -243,13 +256,11 @@ def _state(assembly: Assembly, path: Path) -> str:
         return NEW
     parts = parts_of(assembly.strategy, assembly.problem, assembly.system)
     identity = identify(assembly.config, assembly.choices, parts)
-    try:
-        before = json.loads((path / "manifest.json").read_text())
-        state = COMPLETE
-    except FileNotFoundError:
-        state = RESUMED
+    if is_complete(path):
+        state, before = COMPLETE, json.loads((path / "manifest.json").read_text())
+    else:
         try:
-            before = begun(path)
+            state, before = RESUMED, begun(path)
         except ConfigError:  # stopped before it had begun
             return _afresh(path)
     if before["config_sha256"] != identity["config_sha256"]:
@@ -260,6 +271,17 @@ def _state(assembly: Assembly, path: Path) -> str:
     if changed:
         print(f"fedsim: {path}: complete, but made by something else ({'; '.join(changed)})", file=sys.stderr)
     return state
+
+
+def _names_there(composed: list[Composed], names: list[str], folder: Path) -> list[str]:
+    """The members' names, those kept that an earlier sweep into this folder gave to the same configurations."""
+    there: dict[str, str] = {}
+    for path in sorted(folder.glob(f"*/{MARKER}")):
+        for identity in (path.parent / "manifest.json", path.parent / "checkpoint" / IDENTITY):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+                there.setdefault(json.loads(identity.read_text())["config_sha256"], path.parent.name)
+    kept = [there.get(config_sha256(config), name) for (config, _), name in zip(composed, names, strict=True)]
+    return [name if kept.count(name) == 1 else own for name, own in zip(kept, names, strict=True)]
 
 
 def _is_hydras(path: Path) -> bool:

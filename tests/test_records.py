@@ -334,11 +334,13 @@ def test_an_empty_directory_may_be_written_to_and_parents_are_made(tmp_path):
 class Breaking(fedsim.LocalSGD):
     """Fails in its 20th task."""
 
-    tasks = 0
+    def __post_init__(self):
+        super().__post_init__()
+        self.tasks = [0]  # a list: what is assigned to a rule itself is forgotten with the task
 
     def begin(self, ctx):
-        self.tasks += 1
-        if self.tasks == 20:
+        self.tasks[0] += 1
+        if self.tasks[0] == 20:
             raise RuntimeError("out of paper")
 
 

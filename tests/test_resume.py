@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -17,12 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import resumable
-import safetensors.torch
 import torch
 from support import Hooks, Scripted, apply
 
 import fedsim
-from fedsim.checkpoint import CheckpointFolder, UnreadableError
 from fedsim.checks import Interrupted
 from fedsim.cli import main
 from fedsim.identity import config_sha256
@@ -256,77 +253,7 @@ def test_without_any_readable_checkpoint_it_says_so_and_leaves_everything(tmp_pa
     assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
 
 
-# ---- what may be read -------------------------------------------------------------------------------
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return os.system, ("touch pwned",)
-
-
-@pytest.mark.parametrize(
-    "payload",
-    [
-        Evil(),
-        subprocess.Popen,
-        getattr,
-        fedsim.simulate,
-        fedsim.Quadratic,
-        Path("x"),
-    ],
-    ids=lambda payload: getattr(payload, "__name__", type(payload).__name__),
-)
-def test_a_strangers_checkpoint_calls_nothing(payload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = CheckpointFolder(tmp_path, {}, [Everything()])
-    with pytest.raises(UnreadableError, match=r"which no checkpoint may hold|which is not there"):
-        folder.write({"state": payload}, {})  # nor is it written
-    data, packed = pickle.dumps({"state": payload}), safetensors.torch.save({})
-    import hashlib
-
-    about = {
-        "format": 1,
-        "tensors": len(packed),
-        "state": len(data),
-        "sha256": hashlib.sha256(packed + data).hexdigest(),
-    }
-    (tmp_path / "checkpoint-000001").write_bytes(json.dumps(about).encode() + b"\n" + packed + data)
-    with pytest.raises(UnreadableError, match="no checkpoint may hold"):
-        folder.newest()
-    assert not (tmp_path / "pwned").exists()
-
-
-def test_plain_values_and_tensors_come_back_to_the_bit_and_shared_ones_once(tmp_path: Path) -> None:
-    tensor = torch.arange(12, dtype=torch.float32).reshape(3, 4)
-    federation = object()
-    state = {
-        "view": tensor.t(),
-        "row": tensor[1],
-        "twice": [tensor, tensor],
-        "kinds": [torch.tensor(3), torch.tensor([True]), torch.ones(2, dtype=torch.bfloat16), torch.empty(0)],
-        "array": np.arange(5)[::2],
-        "numbers": [np.float64(0.1), np.int32(4), 1 << 70, float("nan"), None, 1.5 + 2j],
-        "sets": {frozenset({1}), ("a", 2)},
-        "dtype": (torch.bfloat16, np.dtype("int8")),
-        "fed": federation,
-    }
-    folder = CheckpointFolder(tmp_path, {"federation": federation}, [])
-    folder.write(state, {"at": 5})
-    found = folder.newest()
-    assert found is not None
-    about, back = found
-    assert about["at"] == 5
-    assert torch.equal(back["view"], tensor.t())
-    assert torch.equal(back["row"], tensor[1])
-    assert back["twice"][0] is back["twice"][1]
-    for one, other in zip(back["kinds"], state["kinds"], strict=True):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    assert back["array"].tolist() == [0, 2, 4]
-    assert repr(back["numbers"]) == repr(state["numbers"])
-    assert back["sets"] == state["sets"]
-    assert back["dtype"] == state["dtype"]
-    assert back["fed"] is federation
+# ---- what cannot be saved ----------------------------------------------------------------------------
 
 
 def test_a_strategy_that_cannot_be_saved_runs_all_the_same_and_is_told_of_once(
@@ -346,7 +273,7 @@ def test_a_strategy_that_cannot_be_saved_runs_all_the_same_and_is_told_of_once(
         )
     assert run.summary["updates"] == 60
     told = [record.message for record in caplog.records if "cannot be saved" in record.message]
-    assert len(told) == 1
+    assert len(told) == 1  # and at the beginning, not when it is needed
     assert "lambda" in told[0]
 
 
@@ -442,3 +369,127 @@ def test_sigterm_too_and_handlers_are_given_back(whole: tuple[Path, int], tmp_pa
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     everything(tmp_path / "run", resume=True)
     same(tmp_path / "run", whole[0])
+
+
+# ---- what lies about a run ---------------------------------------------------------------------------
+
+
+def test_a_run_completed_meanwhile_is_not_resumed(
+    whole: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    stopped_run(out)
+    from fedsim.pool import InlinePool
+
+    class Slow(InlinePool):
+        def open(self, *arguments: Any) -> None:  # between the first look and the lock
+            everything(out, resume=True)
+            super().open(*arguments)
+
+    with pytest.raises(fedsim.ConfigError, match="this run is complete"):
+        everything(out, resume=True, pool=Slow())
+    same(out, whole[0])
+
+
+DAMAGES = {
+    "part cut": ("events.parquet/part-000000.parquet", b"PAR1", "part-000000.parquet: is damaged"),
+    "part gone": ("events.parquet/part-000000.parquet", None, "part-000000.parquet: is damaged"),
+    "identity": ("checkpoint/identity.json", b"[]", "identity.json: is damaged"),
+    "no json": ("checkpoint/identity.json", b"{", "identity.json: is damaged"),
+    "no config": ("config.yaml", None, "stopped before it had begun"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_damage_is_one_line(case: str, tmp_path: Path) -> None:
+    stopped_run(tmp_path / "run")
+    name, content, expected = DAMAGES[case]
+    path = tmp_path / "run" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(fedsim.FedsimError, match=expected):
+        everything(tmp_path / "run", resume=True)
+
+
+def test_a_broken_config_or_manifest_is_no_complete_run(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    stopped_run(tmp_path / "run")
+    (tmp_path / "run/manifest.json").write_text("{")
+    identity = tmp_path / "run/checkpoint/identity.json"
+    identity.write_text(identity.read_text().replace('"choices": {}', '"choices": {"pool": "inline"}'))
+    for content in ("", "a: [", "- 1"):
+        (tmp_path / "run/config.yaml").write_text(content)
+        assert main(["resume", "run"]) == 2
+        assert "config.yaml: is damaged" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_that_says_how_to_go_on(
+    whole: tuple[Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow.parquet
+
+    write, left = pyarrow.parquet.write_table, [40]
+
+    def full(*arguments: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(pyarrow.parquet, "write_table", full)
+    with pytest.raises(fedsim.SimulationError, match=r"No space left.*go on with: fedsim resume"):
+        everything(tmp_path / "run")
+    assert "run failed" in (tmp_path / "run/run.log").read_text()
+    monkeypatch.setattr(pyarrow.parquet, "write_table", write)
+    everything(tmp_path / "run", resume=True)
+    same(tmp_path / "run", whole[0])
+
+
+def test_a_helper_beside_the_strategy_is_part_of_the_code(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    (tmp_path / "factors.py").write_text("FACTOR = 0.3\n\nclass Box:\n    pass\n")
+    (tmp_path / "boxed.py").write_text(
+        "from fedsim import Asynchronous\nfrom factors import FACTOR, Box\n\n"
+        "class Boxed(Asynchronous):\n"
+        "    def start(self, fed):\n        self.box = Box()\n        self.box.count = 0\n"
+        "    def on_reply(self, fed, reply):\n        self.box.count += 1\n"
+        "        fed.publish(fed.model + FACTOR / self.box.count * reply['delta'], used=[reply])\n"
+    )
+    (tmp_path / "boxed.yaml").write_text("# Boxed\n_target_: boxed.Boxed\nconcurrency: null  # tasks in flight\n")
+    command = [sys.executable, "-m", "fedsim.cli"]
+    run = ["run", "strategy=boxed", "problem=quadratic", "rounds=4000", "eval_every=0", "checkpoint.events=20"]
+    going = subprocess.Popen([*command, *run, "out=run"], cwd=tmp_path, stderr=subprocess.PIPE)
+    while len(list((tmp_path / "run/checkpoint").glob("checkpoint-*"))) < 2:
+        assert going.poll() is None
+        time.sleep(0.01)
+    going.kill()
+    going.wait()
+    (tmp_path / "factors.py").write_text("FACTOR = 0.05\n\nclass Box:\n    pass\n")
+    done = subprocess.run([*command, "resume", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "was begun with something else (the code of" in done.stderr
+    again = [*command, "resume", "run", "--allow-changes", "pool.group=2"]
+    assert subprocess.run(again, cwd=tmp_path, check=False).returncode == 0
+    assert "resumed at" in (tmp_path / "run/run.log").read_text()
+
+
+def test_other_arguments_in_python_are_refused_however_deep_they_lie(tmp_path: Path) -> None:
+    from fedsim.data import Dirichlet
+    from fedsim.strategies.fedasync import FedAsync
+
+    def begin(alpha: float, a: float, hidden: int = 5, **more: Any) -> None:
+        from fedsim.problems.models import Mlp
+
+        problem = fedsim.Classification(resumable.IMAGES, Mlp(hidden), Dirichlet(alpha))
+        strategy = FedAsync(fedsim.LocalSGD(steps=[1] * 10), staleness_a=a)
+        stop = fedsim.Stop(updates=12)
+        fedsim.simulate(strategy, problem, stop=stop, clients=10, out=tmp_path / "run", **more)
+
+    with pytest.raises(StoppedError):
+        begin(0.3, 0.5, observer=stop_after(1))
+    for other in ((50.0, 0.5), (0.3, 0.9), (0.3, 0.5, 6)):
+        with pytest.raises(fedsim.ConfigError, match="another configuration"):
+            begin(*other, resume=True)
+    begin(0.3, 0.5, resume=True)

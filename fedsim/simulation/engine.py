@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.checks import SimulationError
+from fedsim.encoding import attributes_of
 from fedsim.federation import Clients, Federation, Reply, Timer
 from fedsim.kernel import NS, Kernel, Phase, to_ns
 from fedsim.pool import Pool
@@ -258,8 +259,8 @@ class Simulation(Federation):
             "tasks": self.tasks.snapshot(),
             "links": self.links.snapshot(),
             "evaluation": self.evaluation.snapshot(),
-            "strategy": vars(self.strategy),
-            "availability": vars(self.system.availability),
+            "strategy": attributes_of(self.strategy),
+            "availability": attributes_of(self.system.availability),
         }
 
     def restore(
@@ -280,7 +281,8 @@ class Simulation(Federation):
         self.evaluation.restore(snapshot["evaluation"])
         for part, saved in ((self.strategy, "strategy"), (self.system.availability, "availability")):
             vars(part).clear()
-            vars(part).update(snapshot[saved])
+            for name, value in snapshot[saved].items():
+                object.__setattr__(part, name, value)
         self._begun = True
 
     def _begin(self) -> None:
