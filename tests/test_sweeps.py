@@ -133,3 +133,31 @@ def test_an_interrupted_sweep_goes_on_where_it_was(folder: Path) -> None:
         assert manifest(member)[key] == manifest(folder / "whole")[key]
     tables = [pd.read_parquet(path / "metrics.parquet") for path in (member, folder / "whole")]
     pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_members_save_themselves_when_the_sweep_is_killed_and_the_next_one_goes_on(folder: Path) -> None:
+    sweep = ["run", "-m", "-j", "2", *QUICK[:3], "strategy=fedavg", "rounds=3000", "seed=0,1", "out=sweep"]
+    command = [sys.executable, "-m", "fedsim.cli", *sweep]
+    running = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    members = [folder / f"sweep/seed{seed}" for seed in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not all((member / "events.parquet").exists() for member in members):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    while not all(list((member / "checkpoint").glob("checkpoint-*")) for member in members):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(1.0)  # for their locks to go with them
+    done = fedsim(*sweep, folder=folder)
+    assert done.returncode == 0, done.stderr
+    assert all("resumed at" in (member / "run.log").read_text() for member in members)
+
+
+def test_a_sweep_with_more_values_keeps_what_is_there(folder: Path) -> None:
+    assert fedsim("run", "-m", *QUICK[:4], "seed=0,1", "strategy=fedbuff", "out=sweep", folder=folder).returncode == 0
+    done = fedsim("run", "-m", *QUICK[:4], "seed=0,1", "strategy=fedbuff,fedavg", "out=sweep", folder=folder)
+    assert "4 runs in sweep (2 were complete already)" in done.stdout
+    found = {path.parent.name for path in (folder / "sweep").glob("*/manifest.json")}
+    assert found == {"seed0", "seed1", "seed0_fedavg", "seed1_fedavg"}
