@@ -253,7 +253,7 @@ def _plain(part: Any) -> Any:
         return {**name, "weights": _plain(part.state_dict())}
     if kind is part:
         return name
-    wanted = inspect.signature(kind.__init__).parameters
+    wanted = inspect.signature(type(part).__init__).parameters
     held = {key: each for key, each in sorted(getattr(part, "__dict__", {}).items()) if not key.startswith("_")}
     return {**name, **{key: _plain(each) for key, each in held.items() if key in wanted or _is_setting(each)}}
 
