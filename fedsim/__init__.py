@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedsim.version import __version__
 
 if TYPE_CHECKING:
-    from fedsim.aggregate import StalenessWeight, reply_weights
+    from fedsim.aggregate import StalenessWeight, mean_update, reply_weights
     from fedsim.app import simulate
     from fedsim.checkpoint import CheckpointSchedule
     from fedsim.checks import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from fedsim.vectors import Layout, mean, weighted_sum
 
 _HOME = {
-    "fedsim.aggregate": "StalenessWeight reply_weights",
+    "fedsim.aggregate": "StalenessWeight mean_update reply_weights",
     "fedsim.app": "simulate",
     "fedsim.checkpoint": "CheckpointSchedule",
     "fedsim.recording": "Run",
@@ -85,6 +85,7 @@ __all__ = [
     "__version__",
     "flag",
     "mean",
+    "mean_update",
     "number",
     "one_of",
     "optional_number",

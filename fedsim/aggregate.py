@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedsim.checks import number, one_of
 from fedsim.federation import Reply
+from fedsim.vectors import weighted_sum
 
 WEIGHTINGS = ("samples", "uniform")
 STALENESS_LAWS = ("constant", "polynomial", "hinge")
@@ -21,6 +24,11 @@ def reply_weights(replies: Sequence[Reply], weighting: str) -> list[float]:
         return [1.0 / len(replies)] * len(replies)
     total = sum(reply.samples for reply in replies)
     return [reply.samples / total if total else 0.0 for reply in replies]
+
+
+def mean_update(replies: Sequence[Reply], weighting: str, name: str = "delta") -> Tensor:
+    """``sum_i w_i reply_i[name]`` ``[d]``, the weights as :func:`reply_weights` gives them, in order of arrival."""
+    return weighted_sum([reply[name] for reply in replies], reply_weights(replies, weighting))
 
 
 @dataclass(frozen=True)

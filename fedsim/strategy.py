@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.checks import number, one_of, optional_seconds, optional_whole
 from fedsim.federation import Federation, Reply, Task, Timer
 from fedsim.local import LocalSGD
+
+Ids = NDArray[np.int64]
+"""Client ids, or a whole number for each, ``[k]``."""
 
 
 class Strategy:
@@ -96,18 +100,24 @@ class Round:
         self._quorum = 0
         self._expired = False
 
-    def open(self, fed: Federation, **dispatch: Any) -> None:
-        """Ask a new cohort; with nobody online and idle nothing is asked and the round stays over."""
+    def open(self, fed: Federation, steps: Callable[[Federation, Ids], Ids | None] | None = None) -> None:
+        """Ask a new cohort; with nobody online and idle nothing is asked and the round stays over.
+
+        Args:
+            fed: the federation.
+            steps: gives the local steps of each client of a cohort, or None for what the job says.
+        """
         chosen = self._choose(fed)
         self.number += 1
         self.replies = []
         self._expired = False
         self._quorum = min(fed.cohort, len(chosen)) if self.selection == "fixed" else len(chosen)
-        self.waiting = set(fed.dispatch(chosen, **dispatch)) if len(chosen) else set()
+        asked = steps(fed, chosen) if steps is not None else None
+        self.waiting = set(fed.dispatch(chosen, steps=asked)) if len(chosen) else set()
         if self.waiting and self.deadline is not None:
             fed.timer(fed.now + self.deadline, ("round deadline", self.number))
 
-    def _choose(self, fed: Federation) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _choose(self, fed: Federation) -> Ids:
         if self.selection == "fixed":
             # 10 * 1.1 is 11.000000000000002: round the product before taking the ceiling.
             return fed.pick(math.ceil(round(self.over_selection * fed.cohort, 9)))
@@ -175,6 +185,10 @@ class Synchronous(Strategy, ABC):
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
         """The next model ``[d]`` from at least one reply, in order of arrival."""
 
+    def local_steps(self, fed: Federation, clients: Ids) -> Ids | None:
+        """Local steps of each client of a new cohort, ``[k]``; None for what the job says."""
+        return None
+
     def on_reply(self, fed: Federation, reply: Reply) -> None:
         """Take the reply into the round."""
         self.round.receive(fed, reply)
@@ -193,7 +207,7 @@ class Synchronous(Strategy, ABC):
             replies = self.round.close(fed)
             if replies:
                 fed.publish(self.aggregate(fed, replies), used=replies)
-            self.round.open(fed)
+            self.round.open(fed, self.local_steps)
 
 
 class Asynchronous(Strategy):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fedsim import Federation, LocalSGD, Reply, Synchronous, number, one_of, reply_weights, weighted_sum
+from fedsim import Federation, LocalSGD, Reply, Synchronous, mean_update, number, one_of
 
 
 class FedAvg(Synchronous):
@@ -39,5 +39,4 @@ class FedAvg(Synchronous):
 
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
         """x^t + eta_g * sum_i w_i Delta_i."""
-        weights = reply_weights(replies, self.weighting)
-        return fed.model + self.server_lr * weighted_sum([reply["delta"] for reply in replies], weights)
+        return fed.model + self.server_lr * mean_update(replies, self.weighting)

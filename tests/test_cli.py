@@ -336,7 +336,7 @@ WRONG = {
     "local.steps=1e30": "local.steps=1e+30: must be",
     "problem=none problem.parameters=1e30": "problem.parameters=1e+30: must be",
     "local.sends=model": "local.sends=model: unknown key",
-    "strategy=null": "strategy=null: must be the name of one choice, allowed: fedasync, fedavg, fedbuff",
+    "strategy=null": "strategy=null: must be the name of one choice, allowed: fedadagrad, fedadam, fedasync, fedavg, ",
     "local=3": "local=3: must be the name of one choice, allowed: sgd",
     "seed=0,1": "seed=0,1: several values are a sweep, add -m",
     "--cfg job foo=1": "foo=1: unknown key",

@@ -28,6 +28,7 @@ from fedsim.rng import Randomness
 from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedbuff import FedBuff
+from fedsim.strategies.fedprox import FedProx
 from fedsim.system.compute import Lognormal
 from fedsim.system.faults import Faults
 from fedsim.system.network import Constant
@@ -56,7 +57,7 @@ class Shifting(FedBuff):
         return {"shift": (0.001 * fed.model).to(torch.bfloat16)}
 
 
-STRATEGIES = {"fedavg": FedAvg, "fedasync": FedAsync, "fedbuff": FedBuff, "message": Shifting}
+STRATEGIES = {"fedavg": FedAvg, "fedasync": FedAsync, "fedbuff": FedBuff, "fedprox": FedProx, "message": Shifting}
 
 
 @pytest.fixture(scope="module")
