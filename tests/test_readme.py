@@ -42,6 +42,18 @@ def test_own_strategy_is_twenty_lines_and_runs(folder: Path, capsys: pytest.Capt
     assert float(found[1]) > 0.5  # it learns: chance is 0.1
 
 
+def stopped_run(path: str) -> None:
+    """A run that was stopped in its first instants."""
+    from fedsim.assemble import Assembly
+    from fedsim.config import compose_run
+
+    def stop(_: object) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Assembly(*compose_run(["problem=quadratic", "rounds=3", f"out={path}"], Path.cwd())).run(stop)
+
+
 def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     """Each `fedsim run ...` line composes and builds; the cheap ones run whole elsewhere."""
     from fedsim.assemble import Assembly
@@ -53,6 +65,9 @@ def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -
         if command == "run" and "--help" not in arguments:
             for member in expand([each for each in arguments if each != "-m"]):
                 Assembly(*compose_run(member, Path.cwd()))
+        elif command == "resume":
+            stopped_run(arguments[0])
+            assert main([command, *arguments]) == 0
         elif command != "report":
             assert main([command, *arguments]) == 0
             assert capsys.readouterr().out
