@@ -82,16 +82,13 @@ class CheckpointFolder:
             UnreadableError: if ``state`` holds something that could not be read back.
         """
         tree, blocks = self.encode(state)
-        digest = hashlib.sha256(tree)
-        for block in blocks:
-            digest.update(block)
         sizes = {"format": FORMAT, "tree": len(tree), "blocks": [len(block) for block in blocks]}
         self.path.mkdir(exist_ok=True)
         number = max((int(path.name.rpartition("-")[2]) for path in self._files()), default=0) + 1
         path = self.path / f"checkpoint-{number:06d}"
         draft = path.with_name(f".{path.name}.draft")
         with open(draft, "wb") as file:
-            file.write(json.dumps({**sizes, "sha256": digest.hexdigest(), **about}).encode() + b"\n")
+            file.write(json.dumps({**sizes, "sha256": _sha256(tree, blocks), **about}).encode() + b"\n")
             file.writelines([tree, *blocks])
             file.flush()
             os.fsync(file.fileno())
@@ -150,10 +147,7 @@ class CheckpointFolder:
                 if min(lengths) < 0 or file.tell() + sum(lengths) != path.stat().st_size:
                     raise UnreadableError("is damaged")
                 tree, *blocks = [file.read(length) for length in lengths]
-            digest = hashlib.sha256(tree)
-            for block in blocks:
-                digest.update(block)
-            if digest.hexdigest() != about["sha256"]:
+            if _sha256(tree, blocks) != about["sha256"]:
                 raise UnreadableError("is damaged")
             return about, Decoder(self._find, self.shared, blocks).decode(json.loads(tree))
         except UnreadableError:
@@ -186,6 +180,14 @@ class CheckpointFolder:
         if module not in sys.modules and any(_lies_beside(module, each) for each in users):
             import_module(module)  # a helper that the strategy imports later than at its beginning
         return any(belong_together(module, each) for each in users)
+
+
+def _sha256(tree: bytes, blocks: Iterable[bytes]) -> str:
+    """Hash of all that follows the first line of a file."""
+    total = hashlib.sha256(tree)
+    for block in blocks:
+        total.update(block)
+    return total.hexdigest()
 
 
 def _modules(objects: Iterable[Any]) -> set[str]:

@@ -58,10 +58,7 @@ def _command(given: list[str]) -> int:
 
         return running.complete(given)
     if given and given[0] == "resume":  # argparse takes no flag between a list's words
-        given = [
-            *[each for each in given if each != "--allow-changes"],
-            *[each for each in given if each == "--allow-changes"],
-        ]
+        given = sorted(given, key=lambda word: word == "--allow-changes")
     options = _parser().parse_args(given)
     if options.command == "report":
         from fedsim import report

@@ -1,0 +1,37 @@
+"""Whether there is a Ray to work with is told at once, and inline runs never look for one."""
+
+from __future__ import annotations
+
+import http.server
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import fedsim
+from fedsim.pool.connection import _refuse_silent
+
+
+def test_inline_never_imports_ray() -> None:
+    code = "import sys, fedsim; fedsim.simulate; fedsim.Classification; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_far_more_workers_than_cores_are_refused() -> None:
+    code = "import fedsim.cli; raise SystemExit(fedsim.cli.main(['run', 'pool=ray', 'pool.workers=4000', 'out=never']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert re.search(r"pool.workers=4000: must be from 1 to \d+ here, 8 for each core", done.stderr)
+
+
+def test_a_port_where_something_else_answers_is_refused_at_once() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(fedsim.ConfigError, match="no Ray there"):
+            _refuse_silent(f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert time.monotonic() - began < 10
