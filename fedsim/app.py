@@ -180,12 +180,13 @@ def _assemble(
     eval_every = whole("eval_every", eval_every)
     randomness = Randomness(whole("seed", seed))
     problem.prepare(clients, randomness)
-    system.prepare(clients, randomness)
+    system.prepare(clients, randomness, problem.class_counts)
     for rule in strategy.jobs.values():
         rule.check(clients)
     if stop.target is not None:
         check_target(problem, stop.target, eval_every)
-    return Simulation(strategy, problem, system, pool, stop, randomness, min(cohort, clients), eval_every)
+    results = clients if strategy.everybody else min(cohort, clients)
+    return Simulation(strategy, problem, system, pool, stop, randomness, results, eval_every)
 
 
 def check_target(problem: Problem, target: float, eval_every: int) -> None:

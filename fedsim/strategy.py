@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,8 @@ class Strategy:
 
     jobs: dict[str, LocalSGD]
     """What clients can be asked to do, by name."""
+    everybody: ClassVar[bool] = False
+    """Whether a round is one result of every client (peers), whatever ``cohort`` says."""
 
     def __init__(self, local: LocalSGD | None = None) -> None:
         self.jobs = {"train": local if local is not None else LocalSGD()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.checks import ConfigError, SimulationError
-from fedsim.data.partitions import Indices, Partition
+from fedsim.data.partitions import Indices, Partition, Table
 from fedsim.data.sources import Dataset
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.base import Problem
@@ -38,7 +38,7 @@ class Sizes(Partition):
     def __init__(self, *sizes: int) -> None:
         self.sizes = sizes
 
-    def holders(self, labels: Indices, clients: int, classes: int, randomness: Randomness) -> Indices:
+    def holders(self, table: Table, clients: int, randomness: Randomness) -> Indices:
         return np.repeat(np.arange(clients), self.sizes)
 
 

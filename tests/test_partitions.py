@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.stats import betabinom, chisquare
 
 from fedsim.checks import ConfigError
-from fedsim.data.partitions import Dirichlet, Divided, Drawn, Iid, Partition, Sampled, Shard, Spread, _topped_up
+from fedsim.data.partitions import Dirichlet, Divided, Drawn, Iid, Partition, Sampled, Shard, Spread, Table, _topped_up
 from fedsim.rng import Randomness
 
 BALANCED = np.arange(6000) % 10
@@ -46,7 +46,7 @@ def cases(draw: st.DrawFn) -> tuple[Partition, NDArray[np.int64], int, int]:
 @given(cases(), st.integers(0, 2**32))
 def test_no_example_is_lost_or_held_twice(case: tuple[Partition, NDArray[np.int64], int, int], seed: int) -> None:
     partition, labels, clients, classes = case
-    spread = partition.split(labels, clients, classes, Randomness(seed))
+    spread = partition.split(Table(labels, classes), clients, Randomness(seed))
     parts = parts_of(spread)
     assert spread.sizes.dtype == np.int64
     assert spread.sizes.tolist() == [len(part) for part in parts]
@@ -60,20 +60,20 @@ def test_no_example_is_lost_or_held_twice(case: tuple[Partition, NDArray[np.int6
 
 @pytest.mark.parametrize("partition", [Iid(), Dirichlet(), Shard(), Sampled()])
 def test_a_function_of_the_seed(partition: Partition) -> None:
-    first, again, other = (parts_of(partition.split(BALANCED, 20, 10, Randomness(seed))) for seed in (1, 1, 2))
+    first, again, other = (parts_of(partition.split(Table(BALANCED, 10), 20, Randomness(seed))) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("clients", [1, 7, 600, 6000, 9000])
 def test_iid_counts_differ_by_at_most_one(clients: int) -> None:
-    sizes = Iid().split(BALANCED, clients, 10, Randomness(0)).sizes.tolist()
+    sizes = Iid().split(Table(BALANCED, 10), clients, Randomness(0)).sizes.tolist()
     assert max(sizes) - min(sizes) <= 1
     assert sum(sizes) == 6000
 
 
 def test_iid_takes_no_heed_of_order() -> None:
-    counts = table(Iid().split(np.sort(BALANCED), 10, 10, Randomness(3)), np.sort(BALANCED), 10)
+    counts = table(Iid().split(Table(np.sort(BALANCED), 10), 10, Randomness(3)), np.sort(BALANCED), 10)
     assert counts.min() >= 35  # 60 expected, standard deviation 7
     assert counts.max() <= 85
 
@@ -83,43 +83,43 @@ def test_dirichlet_shares_have_the_second_moment_of_their_law(alpha: float) -> N
     # sum_i p_i^2 of a symmetric Dirichlet law over N clients has mean (alpha + 1) / (N alpha + 1).
     clients, found = 20, []
     for seed in range(40):
-        counts = table(Dirichlet(alpha, 0).split(BALANCED, clients, 10, Randomness(seed)), BALANCED, 10)
+        counts = table(Dirichlet(alpha, 0).split(Table(BALANCED, 10), clients, Randomness(seed)), BALANCED, 10)
         found += ((counts / 600) ** 2).sum(axis=0).tolist()
     error = np.std(found) / np.sqrt(len(found))
     assert np.mean(found) == pytest.approx((alpha + 1) / (clients * alpha + 1), abs=4 * error + 1e-3)
 
 
 def test_dirichlet_limits() -> None:
-    even = table(Dirichlet(1e9, 0).split(BALANCED, 25, 10, Randomness(0)), BALANCED, 10)
+    even = table(Dirichlet(1e9, 0).split(Table(BALANCED, 10), 25, Randomness(0)), BALANCED, 10)
     assert set(even.reshape(-1).tolist()) <= {23, 24, 25}
-    alone = table(Dirichlet(1e-9, 0).split(BALANCED, 25, 10, Randomness(0)), BALANCED, 10)
+    alone = table(Dirichlet(1e-9, 0).split(Table(BALANCED, 10), 25, Randomness(0)), BALANCED, 10)
     assert ((alone == 0) | (alone == 600)).all()
 
 
 def test_dirichlet_rounding_favours_no_client() -> None:
     # 15 clients share 10 examples of each class: cut in one order, the same 5 would get nothing of any class.
     labels = np.arange(100) % 10
-    assert Dirichlet(1e9, 0).split(labels, 15, 10, Randomness(5)).sizes.min() > 0
+    assert Dirichlet(1e9, 0).split(Table(labels, 10), 15, Randomness(5)).sizes.min() > 0
 
 
 def test_dirichlet_redraws_before_it_tops_up() -> None:
     labels = np.arange(400) % 10
-    first = parts_of(Dirichlet(0.3, 0).split(labels, 10, 10, Randomness(0)))
+    first = parts_of(Dirichlet(0.3, 0).split(Table(labels, 10), 10, Randomness(0)))
     least = min(len(part) for part in first)
-    redrawn = parts_of(Dirichlet(0.3, least + 1).split(labels, 10, 10, Randomness(0)))
+    redrawn = parts_of(Dirichlet(0.3, least + 1).split(Table(labels, 10), 10, Randomness(0)))
     assert min(len(part) for part in redrawn) > least
     stayed = sum(len(np.intersect1d(a, b)) for a, b in zip(first, redrawn, strict=True))
     assert stayed < 200  # topping up would have moved a handful of the 400
-    same = parts_of(Dirichlet(0.3, least).split(labels, 10, 10, Randomness(0)))
+    same = parts_of(Dirichlet(0.3, least).split(Table(labels, 10), 10, Randomness(0)))
     assert all(np.array_equal(a, b) for a, b in zip(first, same, strict=True))
 
 
 def test_dirichlet_tops_up_from_the_largest() -> None:
     # One class, all of it with one client: 9 clients take 5 each from it, and only from it.
     labels = np.zeros(100, dtype=np.int64)
-    sizes = sorted(Dirichlet(1e-9, 5).split(labels, 10, 1, Randomness(0)).sizes.tolist())
+    sizes = sorted(Dirichlet(1e-9, 5).split(Table(labels, 1), 10, Randomness(0)).sizes.tolist())
     assert sizes == [5] * 9 + [55]
-    everyone = Dirichlet(1e-9, 10).split(labels, 10, 1, Randomness(0))
+    everyone = Dirichlet(1e-9, 10).split(Table(labels, 1), 10, Randomness(0))
     assert everyone.sizes.tolist() == [10] * 10
 
 
@@ -129,16 +129,16 @@ def test_topping_up_takes_turns_among_the_largest() -> None:
 
 
 def test_shards_are_equal_and_hold_few_labels() -> None:
-    counts = table(Shard(2).split(BALANCED, 100, 10, Randomness(0)), BALANCED, 10)
+    counts = table(Shard(2).split(Table(BALANCED, 10), 100, Randomness(0)), BALANCED, 10)
     assert (counts.sum(axis=1) == 60).all()
     assert ((counts == 0) | (counts == 30) | (counts == 60)).all()  # 200 shards of 30, each of one label
     assert 0 < (counts == 60).sum() < 30  # two of a kind are dealt by chance: 9.5 expected
-    ragged = Shard(3).split(BALANCED[:1000], 7, 10, Randomness(0)).sizes
+    ragged = Shard(3).split(Table(BALANCED[:1000], 10), 7, Randomness(0)).sizes
     assert max(ragged) - min(ragged) <= 3
 
 
 def test_divided_holds_one_order() -> None:
-    spread = Iid().split(BALANCED, 100, 10, Randomness(0))
+    spread = Iid().split(Table(BALANCED, 10), 100, Randomness(0))
     assert isinstance(spread, Divided)
     assert spread.starts.tolist() == [0, *np.cumsum(spread.sizes).tolist()]
     assert all(np.shares_memory(part, spread.order) for part in parts_of(spread))
@@ -150,7 +150,7 @@ def test_divided_holds_one_order() -> None:
 def counted(alpha: float | None, labels: NDArray[np.int64], samples: int, clients: int) -> NDArray[np.int64]:
     """``[clients, classes]`` counts under :class:`Sampled`."""
     classes = int(labels.max()) + 1
-    spread = Sampled(samples, alpha).split(labels, clients, classes, Randomness(11))
+    spread = Sampled(samples, alpha).split(Table(labels, classes), clients, Randomness(11))
     assert isinstance(spread, Drawn)
     drawn = labels[spread.draw(np.arange(clients))]
     return (drawn[:, :, None] == np.arange(classes)).sum(axis=1)
@@ -158,7 +158,7 @@ def counted(alpha: float | None, labels: NDArray[np.int64], samples: int, client
 
 @pytest.mark.parametrize("alpha", [0.3, None])
 def test_sampled_clients_are_the_same_in_any_population(alpha: float | None) -> None:
-    few, many = (Sampled(20, alpha).split(BALANCED, clients, 10, Randomness(4)) for clients in (50, 1_000_000))
+    few, many = (Sampled(20, alpha).split(Table(BALANCED, 10), clients, Randomness(4)) for clients in (50, 1_000_000))
     assert isinstance(many, Drawn)
     assert many.sizes.shape == (1_000_000,)
     assert (many.sizes == 20).all()
@@ -173,7 +173,7 @@ def test_sampled_clients_are_the_same_in_any_population(alpha: float | None) -> 
 
 
 def test_sampled_clients_keep_their_examples_when_they_hold_more() -> None:
-    few, many = (Sampled(samples).split(BALANCED, 10, 10, Randomness(0)) for samples in (5, 30))
+    few, many = (Sampled(samples).split(Table(BALANCED, 10), 10, Randomness(0)) for samples in (5, 30))
     assert all(np.array_equal(few.of(client), many.of(client)[:5]) for client in range(10))
 
 
@@ -212,7 +212,7 @@ def test_sampled_limits() -> None:
 
 def test_sampled_without_alpha_has_the_frequencies_of_the_data() -> None:
     labels = np.repeat([0, 1, 2, 3], [5, 20, 0, 75])
-    spread = Sampled(50, None).split(labels, 2000, 4, Randomness(2))
+    spread = Sampled(50, None).split(Table(labels, 4), 2000, Randomness(2))
     assert isinstance(spread, Drawn)
     drawn = spread.draw(np.arange(2000)).reshape(-1)
     # Every example is as likely as any other, so classes come in the data's shares.
@@ -224,7 +224,7 @@ def test_sampled_without_alpha_has_the_frequencies_of_the_data() -> None:
 @pytest.mark.parametrize("alpha", [0.3, None])
 def test_sampled_takes_any_example_of_a_class(alpha: float | None) -> None:
     labels = np.arange(60) % 3
-    spread = Sampled(20, alpha).split(labels, 3000, 3, Randomness(5))
+    spread = Sampled(20, alpha).split(Table(labels, 3), 3000, Randomness(5))
     assert isinstance(spread, Drawn)
     times = np.bincount(spread.draw(np.arange(3000)).reshape(-1), minlength=60)
     for label in range(3):
@@ -234,7 +234,7 @@ def test_sampled_takes_any_example_of_a_class(alpha: float | None) -> None:
 @pytest.mark.parametrize("alpha", [0.1, 1e9, None])
 def test_sampled_never_draws_of_an_empty_class(alpha: float | None) -> None:
     labels = np.repeat([1, 4], [30, 10])
-    spread = Sampled(20, alpha).split(labels, 3000, 7, Randomness(1))
+    spread = Sampled(20, alpha).split(Table(labels, 7), 3000, Randomness(1))
     drawn = np.stack(parts_of(spread))
     assert drawn.min() == 0
     assert drawn.max() == 39
@@ -244,7 +244,7 @@ def test_sampled_never_draws_of_an_empty_class(alpha: float | None) -> None:
 
 
 def test_sampled_is_light() -> None:
-    spread = Sampled().split(BALANCED, 1_000_000, 10, Randomness(0))
+    spread = Sampled().split(Table(BALANCED, 10), 1_000_000, Randomness(0))
     sent = pickle.dumps(spread)
     assert len(sent) < 8 * 1_000_000 + 10 * len(BALANCED)  # the sizes and one order
     assert np.array_equal(pickle.loads(sent).of(123_456), spread.of(123_456))
@@ -252,7 +252,7 @@ def test_sampled_is_light() -> None:
 
 def test_a_rule_of_ones_own_needs_a_method() -> None:
     with pytest.raises(NotImplementedError, match="Partition must have holders"):
-        Partition().split(BALANCED, 3, 10, Randomness(0))
+        Partition().split(Table(BALANCED, 10), 3, Randomness(0))
 
 
 # ---- refused -------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_rule_of_ones_own_needs_a_method() -> None:
 )
 def test_impossible_shapes_are_refused(partition: Partition, clients: int, words: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
-        partition.split(np.zeros(50, dtype=np.int64), clients, 1, Randomness(0))
+        partition.split(Table(np.zeros(50, dtype=np.int64), 1), clients, Randomness(0))
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -293,6 +293,6 @@ def test_wrong_arguments_are_refused() -> None:
         with pytest.raises(ConfigError, match="samples="):
             Sampled(samples)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no training examples"):
-        Sampled().split(np.zeros(0, dtype=np.int64), 3, 2, Randomness(0))
+        Sampled().split(Table(np.zeros(0, dtype=np.int64), 2), 3, Randomness(0))
     with pytest.raises(ConfigError, match="0 to 2"):
-        Iid().split(np.array([0, 3]), 1, 3, Randomness(0))
+        Iid().split(Table(np.array([0, 3]), 3), 1, Randomness(0))

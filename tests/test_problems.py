@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedsim.checks import ConfigError
-from fedsim.data.partitions import Dirichlet, Iid, Partition, Sampled, Shard
+from fedsim.data.partitions import Dirichlet, Iid, Partition, Sampled, Shard, Table
 from fedsim.data.sources import Dataset, Embedded, NpzFile
 from fedsim.problems.base import Problem
 from fedsim.problems.classification import Classification
@@ -98,7 +98,7 @@ def test_clients_hold_what_the_partition_gave_them(partition: Partition) -> None
     data = small()
     problem = prepared(data=data, partition=partition)
     rows = np.setdiff1d(np.arange(60), problem.val_rows)
-    spread = partition.split(rows % 3, 4, 3, Randomness(0))
+    spread = partition.split(Table(rows % 3, 3), 4, Randomness(0))
     for client in (0, 3, 0, 1, 2):
         expected = rows[spread.of(client)]
         assert problem.rows(client).tolist() == expected.tolist()

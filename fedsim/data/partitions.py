@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,38 @@ from fedsim.checks import ConfigError, number, optional_number, whole
 from fedsim.rng import Randomness
 
 Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """What a partition may know of the examples it spreads.
+
+    Attributes:
+        labels: int64 ``[n]``, class of each example, ``0 .. classes - 1``.
+        classes: how many classes there are.
+        ids: int64 ``[n]``, the natural client of each example (writer, role, subject); None if there is none.
+        feature: gives one feature of every example, float64 ``[n]``, by its position in the flat example; None if the
+            examples cannot be looked at.
+
+    Raises:
+        ConfigError: for labels that are no classes.
+    """
+
+    labels: Indices
+    classes: int
+    ids: Indices | None = None
+    feature: Callable[[int], NDArray[np.float64]] | None = None
+
+    def __post_init__(self) -> None:
+        labels = np.asarray(self.labels, dtype=np.int64)
+        object.__setattr__(self, "labels", labels)
+        if labels.size and not (labels.min() >= 0 and labels.max() < self.classes):
+            raise ConfigError(
+                f"labels to split must lie in 0 to {self.classes - 1}, got {labels.min()} to {labels.max()}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class Spread(ABC):
@@ -121,32 +155,27 @@ class Partition(ABC):  # noqa: B024 - either of two methods makes one
     A rule that gives every example to exactly one client writes :meth:`holders`; any other one writes :meth:`spread`.
     """
 
-    def split(self, labels: Indices, clients: int, classes: int, randomness: Randomness) -> Spread:
+    def split(self, table: Table, clients: int, randomness: Randomness) -> Spread:
         """The examples of each client.
 
         Args:
-            labels: ``[n]`` class of each example, ``0 .. classes - 1``.
+            table: what may be known of the examples.
             clients: how many clients there are.
-            classes: how many classes there are.
             randomness: where all draws come from, under the purpose ``"partition"``.
 
         Returns:
-            Which positions in ``labels`` each client holds.
+            Which positions in the table each client holds.
 
         Raises:
             ConfigError: if the examples cannot be spread like this.
         """
-        clients = whole("clients", clients, least=1)
-        labels = np.asarray(labels, dtype=np.int64)
-        if labels.size and not (labels.min() >= 0 and labels.max() < classes):
-            raise ConfigError(f"labels to split must lie in 0 to {classes - 1}, got {labels.min()} to {labels.max()}")
-        return self.spread(labels, clients, classes, randomness)
+        return self.spread(table, whole("clients", clients, least=1), randomness)
 
-    def spread(self, labels: Indices, clients: int, classes: int, randomness: Randomness) -> Spread:
+    def spread(self, table: Table, clients: int, randomness: Randomness) -> Spread:
         """What :meth:`split` returns; its arguments have been checked."""
-        return Divided(self.holders(labels, clients, classes, randomness), clients)
+        return Divided(self.holders(table, clients, randomness), clients)
 
-    def holders(self, labels: Indices, clients: int, classes: int, randomness: Randomness) -> Indices:
+    def holders(self, table: Table, clients: int, randomness: Randomness) -> Indices:
         """Which client, ``0 .. clients - 1``, holds each example ``[n]``; arguments as for :meth:`split`."""
         raise NotImplementedError(f"{type(self).__name__} must have holders() or spread()")
 
@@ -161,11 +190,11 @@ class Iid(Partition):
     def __init__(self, minimum: int = 0) -> None:
         self.minimum = whole("minimum", minimum, least=0)
 
-    def holders(self, labels: Indices, clients: int, classes: int, randomness: Randomness) -> Indices:
+    def holders(self, table: Table, clients: int, randomness: Randomness) -> Indices:
         """Which client holds each example ``[n]``."""
-        _check_enough(len(labels), clients, self.minimum)
-        holder = np.empty(len(labels), dtype=np.int64)
-        holder[randomness("partition", 0).permutation(len(labels))] = _even_blocks(len(labels), clients)
+        _check_enough(len(table), clients, self.minimum)
+        holder = np.empty(len(table), dtype=np.int64)
+        holder[randomness("partition", 0).permutation(len(table))] = _even_blocks(len(table), clients)
         return holder
 
 
@@ -190,8 +219,9 @@ class Dirichlet(Partition):
         self.alpha = number("alpha", alpha, above=0, most=1e9)
         self.minimum = whole("minimum", minimum, least=0)
 
-    def holders(self, labels: Indices, clients: int, classes: int, randomness: Randomness) -> Indices:
+    def holders(self, table: Table, clients: int, randomness: Randomness) -> Indices:
         """Which client holds each example ``[n]``."""
+        labels, classes = table.labels, table.classes
         _check_enough(len(labels), clients, self.minimum)
         class_sizes = np.bincount(labels, minlength=classes)
         for attempt in range(self.attempts):
@@ -229,8 +259,9 @@ class Shard(Partition):
     def __init__(self, shards_per_client: int = 2) -> None:
         self.shards_per_client = whole("shards_per_client", shards_per_client, least=1)
 
-    def holders(self, labels: Indices, clients: int, classes: int, randomness: Randomness) -> Indices:
+    def holders(self, table: Table, clients: int, randomness: Randomness) -> Indices:
         """Which client holds each example ``[n]``."""
+        labels = table.labels
         shards = clients * self.shards_per_client
         if len(labels) < shards:
             raise ConfigError(
@@ -266,11 +297,11 @@ class Sampled(Partition):
         self.samples = whole("samples", samples, least=1, most=10**6)
         self.alpha = optional_number("alpha", alpha, least=1e-9, most=1e9)
 
-    def spread(self, labels: Indices, clients: int, classes: int, randomness: Randomness) -> Drawn:
+    def spread(self, table: Table, clients: int, randomness: Randomness) -> Drawn:
         """Nothing is drawn yet: the :class:`Drawn` does so client by client."""
-        if not len(labels):
+        if not len(table):
             raise ConfigError(f"partition.samples={self.samples}: there are no training examples to draw from")
-        return Drawn(labels, clients, self.samples, self.alpha, randomness)
+        return Drawn(table.labels, clients, self.samples, self.alpha, randomness)
 
 
 def _check_enough(examples: int, clients: int, minimum: int) -> None:

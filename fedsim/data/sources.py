@@ -34,6 +34,7 @@ class Dataset:
         test_y: int64 ``[m]``.
         classes: how many classes there are.
         name: what error lines call these data.
+        train_ids: int64 ``[n]``, the natural client of each training example, ``0 ..``; None if there is none.
 
     Raises:
         ConfigError: for empty, mismatched or non-finite arrays and for labels that are no classes.
@@ -45,6 +46,7 @@ class Dataset:
     test_y: Tensor
     classes: int
     name: str = "data"
+    train_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", whole("classes", self.classes, least=2))
@@ -65,6 +67,14 @@ class Dataset:
             raise ConfigError(
                 f"{self.name}: an example has shape {self.shape} in train_x, {tuple(self.test_x.shape[1:])} in test_x"
             )
+        if self.train_ids is not None:
+            ids = _labels(f"{self.name}: train_ids", self.train_ids)
+            if len(ids) != len(self.train_y) or int(ids.min()) < 0:
+                raise ConfigError(
+                    f"{self.name}: train_ids must be {len(self.train_y)} numbers from 0, one per example, "
+                    f"got {len(ids)} from {int(ids.min())}"
+                )
+            object.__setattr__(self, "train_ids", ids)
 
     @property
     def shape(self) -> tuple[int, ...]:

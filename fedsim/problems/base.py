@@ -57,6 +57,10 @@ class Problem(ABC):
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Metrics of one parameter vector, such as ``loss, accuracy, val_loss, val_accuracy``."""
 
+    def class_counts(self) -> NDArray[np.int64] | None:
+        """``[clients, classes]``: training examples of each class each client holds; None if there are no classes."""
+        return None
+
     def client_table(self) -> dict[str, NDArray[Any]]:
         """Columns about the clients for ``clients.parquet`` (class counts, say), each of length ``clients``."""
         return {"samples": self.samples}

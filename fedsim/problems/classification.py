@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.checks import ConfigError, number
-from fedsim.data.partitions import Divided, Iid, Partition
+from fedsim.data.partitions import Divided, Iid, Partition, Table
 from fedsim.data.sources import Dataset, Embedded, Source
 from fedsim.problems.base import Problem
 from fedsim.problems.models import Mlp, Model
@@ -146,7 +146,7 @@ class Classification(Problem):
         self._initial = self._flat.values.clone()
 
         self.val_rows, self.train_rows = self._validation_split(len(data.train_y), randomness)
-        self.spread = self.partition.split(data.train_y.numpy()[self.train_rows], clients, data.classes, randomness)
+        self.spread = self.partition.split(_table(data, self.train_rows), clients, randomness)
         self.clients, self.samples = clients, self.spread.sizes
         self._held = None
         self.train_x, self.train_y = data.train_x.to(dtype), data.train_y
@@ -229,6 +229,14 @@ class Classification(Problem):
             module.train()
         return metrics
 
+    def class_counts(self) -> NDArray[np.int64]:
+        """``[clients, classes]``: training examples of each class each client holds."""
+        counts = np.empty((self.clients, self.classes), dtype=np.int64)
+        labels = self.train_y.numpy()[self.train_rows]
+        for client in range(self.clients):
+            counts[client] = np.bincount(labels[self.spread.of(client)], minlength=self.classes)
+        return counts
+
     def client_table(self) -> dict[str, NDArray[Any]]:
         """``samples`` and ``class_0 .. class_{classes - 1}``: how many examples of each class a client holds.
 
@@ -237,11 +245,18 @@ class Classification(Problem):
         """
         if not isinstance(self.spread, Divided):
             return super().client_table()
-        holder = np.repeat(np.arange(self.clients), self.samples)
-        labels = self.train_y.numpy()[self.train_rows[self.spread.order]]
-        cells = np.bincount(holder * self.classes + labels, minlength=self.clients * self.classes)
-        counts = cells.reshape(self.clients, self.classes)
+        counts = self.class_counts()
         return {"samples": self.samples} | {f"class_{label}": counts[:, label] for label in range(self.classes)}
+
+
+def _table(data: Dataset, rows: NDArray[np.int64]) -> Table:
+    """What a partition may know of the training examples in ``rows``."""
+    ids = None if data.train_ids is None else data.train_ids.numpy()[rows]
+
+    def feature(position: int) -> NDArray[np.float64]:
+        return data.train_x.flatten(1)[:, position].numpy()[rows].astype(np.float64)
+
+    return Table(data.train_y.numpy()[rows], data.classes, ids, feature)
 
 
 def _probe(module: nn.Module, x: Tensor, classes: int) -> bool:

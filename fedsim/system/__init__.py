@@ -9,7 +9,7 @@ Models hold arrays over clients and plain numbers only: they can be pickled at a
 from __future__ import annotations
 
 from fedsim.rng import Randomness
-from fedsim.system.availability import Always, Availability
+from fedsim.system.availability import Always, Availability, ClassCounts
 from fedsim.system.base import LONGEST
 from fedsim.system.compute import Compute
 from fedsim.system.compute import Constant as ConstantCompute
@@ -41,8 +41,15 @@ class System:
         self.availability = Always() if availability is None else availability
         self.faults = Faults() if faults is None else faults
 
-    def prepare(self, clients: int, randomness: Randomness) -> None:
-        """Draw everything that is fixed per client, and put availability at time 0."""
+    def prepare(self, clients: int, randomness: Randomness, class_counts: ClassCounts = lambda: None) -> None:
+        """Draw everything that is fixed per client, and put availability at time 0.
+
+        Args:
+            clients: how many there are.
+            randomness: where all draws come from.
+            class_counts: gives how many examples of each class each client holds, ``[clients, classes]``.
+        """
+        self.availability.meet(class_counts)
         self.compute.prepare(clients, randomness)
         self.network.prepare(clients, randomness)
         self.availability.prepare(clients, randomness)

@@ -9,6 +9,7 @@ Parameters are in seconds, times integer nanoseconds; all state is plain arrays 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,9 @@ from fedsim.system.base import SHORTEST, Ids, Nanoseconds, nanoseconds
 States = NDArray[np.bool_]
 """True where online, ``[clients]``."""
 
+ClassCounts = Callable[[], NDArray[np.int64] | None]
+"""Gives ``[clients, classes]``, how many examples of each class each client holds, or None if there are no classes."""
+
 Change = tuple[Ids, Ids]
 """Who came and who went, ids ascending."""
 
@@ -32,6 +36,9 @@ class Availability(ABC):
     """Whether states hold for whole slots."""
 
     _online: States
+
+    def meet(self, class_counts: ClassCounts) -> None:  # noqa: B027 - most models need not know
+        """Called before ``prepare`` with what the clients hold, for models that follow the data."""
 
     @property
     def online(self) -> States:
