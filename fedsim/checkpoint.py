@@ -37,6 +37,7 @@ OURS = {
     "fedsim.simulation.tasks": "LiveTask Status",
     "fedsim.strategy": "Round",
     "fedsim.system.faults": "Stage",
+    "fedsim.topology": "Exponential Full Grid Random Ring",
     "fedsim.training.base": "Result Work",
     "fedsim.vectors": "Layout",
 }

@@ -1,4 +1,4 @@
-"""The command line: ``fedsim run | resume | report | list | doctor``."""
+"""The command line: ``fedsim run | resume | report | list | traces | doctor``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,19 @@ examples:
   fedsim resume runs/2026-01-31_12-00-00            go on with a run that was stopped
   fedsim report runs/2026-01-31_12-00-00            table and figure of a sweep
   fedsim run --help                                 every group, key and unit
+"""
+
+TRACES = """\
+examples:
+  fedsim traces fedscale --capacity client_device_capacity --behaviour client_behave_trace --unpickle --out phones
+  fedsim traces flash --speeds speed_distri.json --states state_traces.json --out phones
+  fedsim run compute=trace compute.path=phones availability=trace availability.path=phones
+
+a trace of your own is a folder with two parquet tables:
+  devices.parquet    device, and what was measured of: seconds_per_step (s), down, up (Mbit/s), period (s)
+  presence.parquet   device, online, offline: a row per span online, in seconds from 0 to the device's period,
+                     after which all of it begins anew; goes with the column period
+each client is one of the devices, drawn by the seed: the same one for compute, network and availability
 """
 
 
@@ -74,12 +87,24 @@ def _command(given: list[str]) -> int:
         from fedsim import reference
 
         return reference.show(options.group, Path.cwd())
+    if options.command == "traces":
+        return _traces(options)
     if options.command == "doctor":
         from fedsim import doctor
 
         return doctor.main()
     _parser().print_help()
     return 0
+
+
+def _traces(options: argparse.Namespace) -> int:
+    from fedsim import convert
+
+    if options.source == "fedscale":
+        return convert.fedscale(
+            options.capacity, options.behaviour, options.out, options.unpickle, options.batch_size, options.overwrite
+        )
+    return convert.flash(options.speeds, options.states, options.out, options.overwrite)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,8 +130,35 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--metric", help="metric to report; default accuracy, distance or loss")
     listing = commands.add_parser("list", help="what can be chosen: all groups, or one")
     listing.add_argument("group", nargs="?", help="a group, such as strategy or compute")
+    _add_traces(commands)
     commands.add_parser("doctor", help="check this installation and machine")
     return parser
+
+
+def _add_traces(commands: argparse._SubParsersAction[_Parser]) -> None:
+    traces = commands.add_parser(
+        "traces",
+        help="make a trace of devices out of FedScale's or FLASH's files",
+        description="Make a trace of devices out of the files of another simulator, for compute, network, availability",
+        epilog=TRACES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sources = traces.add_subparsers(dest="source", metavar="SOURCE", required=True, parser_class=_Parser)
+    fedscale = sources.add_parser("fedscale", help="FedScale's client_device_capacity and client_behave_trace")
+    fedscale.add_argument("--capacity", metavar="FILE", help="speeds and bandwidths: client_device_capacity")
+    fedscale.add_argument("--behaviour", metavar="FILE", help="presence: client_behave_trace")
+    fedscale.add_argument(
+        "--unpickle", action="store_true", help="read these pickles; whatever is not plain data is refused even then"
+    )
+    fedscale.add_argument(
+        "--batch-size", type=int, default=10, metavar="N", help="samples per local step (10): 3 N times their ms each"
+    )
+    flash = sources.add_parser("flash", help="FLASH's speed_distri.json and state_traces.json")
+    flash.add_argument("--speeds", metavar="FILE", help="bandwidths: models/speed_distri.json")
+    flash.add_argument("--states", metavar="FILE", help="presence: data/state_traces.json")
+    for source in (fedscale, flash):
+        source.add_argument("--out", metavar="DIR", required=True, help="folder of the trace to make")
+        source.add_argument("--overwrite", action="store_true", help="replace a trace that is there")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -29,7 +29,10 @@ from fedsim.checks import ConfigError, nearest
 CONFIG_MODULE = "fedsim.conf"
 CONFIG_NAME = "config"
 
-PARTS = ("problem", "data", "partition", "model", "local", "strategy", "compute", "network", "availability", "faults")
+PARTS = (
+    "problem", "data", "partition", "model", "local", "strategy", "topology", "compute", "network", "availability",
+    "faults",
+)  # fmt: skip
 """Groups whose choices become objects."""
 
 GROUPS = (*PARTS, "pool", "checkpoint", "experiment")

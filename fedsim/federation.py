@@ -90,7 +90,7 @@ class Federation(ABC):
     @property
     @abstractmethod
     def round(self) -> int:
-        """How many times ``cohort`` results have been received."""
+        """How many times ``cohort`` results have been received; among peers, how many models have been published."""
 
     @property
     @abstractmethod
@@ -205,8 +205,12 @@ class Federation(ABC):
         """A copy of a client's committed state under ``name``; all jobs of a client share it."""
 
     @abstractmethod
-    def profile(self, client: int, steps: int) -> float:
-        """Expected seconds of a task of ``steps`` local steps, transfers included."""
+    def kept(self, name: str) -> dict[int, Tensor]:
+        """Copies of the committed state ``name`` by client, of those clients that have it, ascending by id."""
+
+    @abstractmethod
+    def profile(self, clients: NDArray[np.int64], steps: int | NDArray[np.int64]) -> NDArray[np.float64]:
+        """``[k]``: expected seconds of a task of ``steps`` local steps by each client, transfers included."""
 
     @abstractmethod
     def rng(self, purpose: str, *ids: Any) -> Draw:

@@ -32,10 +32,11 @@ def identify(config: Mapping[str, Any], labels: Mapping[str, str], parts: Iterab
         labels: the choice made in each group; empty for runs put together in Python.
         parts: the objects of the run, whose code counts.
     """
+    parts = list(parts)
     return {
         "fedsim": __version__,
         "python": platform.python_version(),
-        "versions": {name: _installed(name) for name in LOCKED},
+        "versions": {name: _installed(name) for name in (*LOCKED, *_packages(parts))},
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
         "code_sha256": code_sha256(parts),
@@ -104,6 +105,11 @@ def _is_users(module: str) -> bool:
     file = getattr(sys.modules.get(module), "__file__", None)
     ours = module.partition(".")[0] == "fedsim"
     return file is not None and file.endswith(".py") and not ours and (module == "__main__" or not is_foreign(module))
+
+
+def _packages(parts: Iterable[Any]) -> list[str]:
+    """The distributions that parts name in their attribute ``package``: those their data or rules come from."""
+    return sorted({str(each.package) for each in parts if isinstance(getattr(each, "package", None), str)})
 
 
 def _installed(name: str) -> str:

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedsim.checks import SimulationError
 
 NS = 1_000_000_000
@@ -20,6 +23,15 @@ NS = 1_000_000_000
 def to_ns(seconds: float) -> int:
     """Virtual seconds as whole nanoseconds, to the nearest."""
     return round(seconds * NS)
+
+
+def whole_periods(seconds: NDArray[np.float64], period: float) -> NDArray[np.int64]:
+    """How many periods each of these spans takes, rounded up, counted in whole nanoseconds.
+
+    As floats 2.1 s are 7.000000000000001 periods of 0.3 s, which rounds up to 8.
+    """
+    spans = np.rint(np.asarray(seconds) * NS).astype(np.int64)
+    return -(-spans // to_ns(period))
 
 
 class Phase(IntEnum):

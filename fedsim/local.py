@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.checks import ConfigError, number, one_of, optional_number, optional_whole, whole
+from fedsim.checks import ConfigError, flag, number, one_of, optional_number, optional_whole, whole
 from fedsim.rng import Draw
 from fedsim.vectors import Layout
 
@@ -99,6 +99,8 @@ class LocalSGD:
         clip: largest norm of a step's gradient; None does not clip.
         prox: FedProx's mu, the penalty ``mu / 2 * ||x - start||^2``.
         lr_decay: factor on the rate per round.
+        keep: whether each client keeps the model it ended its task with, as its state ``"own"``, once the server has
+            accepted the result (:meth:`Strategy.own_models`). It costs ``d`` numbers of memory per client.
     """
 
     lr: float = 0.1
@@ -110,12 +112,15 @@ class LocalSGD:
     clip: float | None = None
     prox: float = 0.0
     lr_decay: float = 1.0
+    keep: bool = False
     sends: str = field(default="delta", init=False)
     """What travels up: ``"delta"`` is ``x - start``, ``"model"`` is ``x``. For strategies to set, by
     :meth:`replace`: they know which of the two they use."""
 
     measured: ClassVar[bool] = False
     """True for rules whose amount of work depends on its outcome: they are trained alone, at take-effect."""
+    unread: ClassVar[tuple[str, ...]] = ("own",)
+    """State that the rule writes and never reads: it is not handed to its tasks, for it would travel for nothing."""
 
     def __post_init__(self) -> None:
         self.lr = number("lr", self.lr, least=0)
@@ -133,6 +138,7 @@ class LocalSGD:
         self.clip = optional_number("clip", self.clip, above=0)
         self.prox = number("prox", self.prox, least=0)
         self.lr_decay = number("lr_decay", self.lr_decay, above=0, most=1)
+        self.keep = flag("keep", self.keep)
         self.sends = one_of("sends", self.sends, ("delta", "model"))
 
     # ---- known before training -------------------------------------------------------------------
@@ -202,6 +208,8 @@ class LocalSGD:
                 velocity = step if velocity is None else self.momentum * velocity + step
                 step = velocity
             x = ctx.freeze(torch.addcmul(x, ctx.lr, step, value=-1.0), x)
+        if self.keep:
+            ctx.state["own"] = x
         return self.finish(ctx, x)
 
     def begin(self, ctx: Context) -> None:

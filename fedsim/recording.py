@@ -357,7 +357,10 @@ def summarise(sim: Simulation) -> dict[str, Any]:
 
 
 def client_table(sim: Simulation) -> dict[str, Any]:
-    """Columns about clients: data, device and participation. Bandwidths in bytes per second, inf for none."""
+    """Columns about clients: data, device, participation, and the metrics on their own examples if they keep any.
+
+    Bandwidths in bytes per second, inf for none.
+    """
     applied, tasks = np.zeros(sim.clients, dtype=np.int64), np.zeros(sim.clients, dtype=np.int64)
     who, how = sim.tasks.log.columns_at("client"), sim.tasks.log.columns_at("outcome")
     for row in sim.tasks.log.rows:
@@ -372,6 +375,7 @@ def client_table(sim: Simulation) -> dict[str, Any]:
         "up_bytes_per_second": sim.system.network.up_bytes_per_second,
         "tasks": tasks,
         "applied": applied,
+        **sim.evaluation.per_client(),
     }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsim.checks import number, one_of, optional_seconds, optional_whole
 from fedsim.federation import Federation, Reply, Task, Timer
 from fedsim.local import LocalSGD
+from fedsim.topology import Ring, Topology
 
 Ids = NDArray[np.int64]
 """Client ids, or a whole number for each, ``[k]``."""
@@ -34,7 +35,7 @@ class Strategy:
     jobs: dict[str, LocalSGD]
     """What clients can be asked to do, by name."""
     everybody: ClassVar[bool] = False
-    """Whether a round is one result of every client (peers), whatever ``cohort`` says."""
+    """Whether all clients make a round, whatever ``cohort`` says, and each model published ends one: peers do."""
 
     def __init__(self, local: LocalSGD | None = None) -> None:
         self.jobs = {"train": local if local is not None else LocalSGD()}
@@ -69,8 +70,21 @@ class Strategy:
         return {}
 
     def views(self, fed: Federation) -> Mapping[str, Tensor]:
-        """What to evaluate, by name; metrics of ``"global"`` get plain names, others a prefix."""
+        """What to evaluate, by name: vectors ``[d]``, and stacks of vectors ``[k, d]`` (nodes).
+
+        Metrics of ``"global"`` get plain names, others the view's name as a prefix: ``mean_loss``. A stack's rows are
+        evaluated one by one: ``nodes_accuracy`` is their mean, ``nodes_accuracy_std`` and ``nodes_accuracy_worst``
+        their standard deviation and the mean of the lowest tenth, and ``consensus`` the mean squared distance of the
+        rows from their mean (``<view>_consensus`` for stacks of another name than ``"nodes"``).
+        """
         return {"global": fed.model}
+
+    def own_models(self, fed: Federation) -> Mapping[int, Tensor]:
+        """The clients' own models ``[d]`` by client, to be evaluated on their own examples.
+
+        Here those that clients keep as their state ``"own"`` (``LocalSGD.keep``).
+        """
+        return fed.kept("own")
 
 
 class Round:
@@ -231,3 +245,85 @@ class Asynchronous(Strategy):
             chosen = fed.pick(missing)
             if len(chosen):
                 fed.dispatch(chosen)
+
+
+def idle_with_data(fed: Federation) -> Ids:
+    """Clients that are online, idle and have examples: whom a server asks that keeps everybody at work."""
+    idle = fed.idle()
+    return idle[fed.samples[idle] > 0]
+
+
+class Peers(Strategy):
+    """Nodes without a server: each trains a model of its own, then mixes it with its neighbours'; round after round.
+
+    What the federation holds as the model is the nodes' mean. A node that is offline keeps its model, and the weight
+    of its edges goes to their other ends.
+
+    Args:
+        local: the client's half; its results are made to be models.
+        topology: who talks to whom; a ring unless given.
+
+    Attributes:
+        models: ``[clients, d]``, the nodes' models.
+        replies: what has been trained since the last round ended.
+        mixing: whether a gossip step is under way.
+    """
+
+    everybody = True
+
+    def __init__(self, local: LocalSGD | None = None, topology: Topology | None = None) -> None:
+        super().__init__((local if local is not None else LocalSGD()).replace(sends="model"))
+        self.topology = topology if topology is not None else Ring()
+        self.models: Tensor
+        self.replies: list[Reply] = []
+        self.mixing = False
+
+    def start(self, fed: Federation) -> None:
+        """All nodes start from one model."""
+        self.models = fed.model.repeat(fed.clients, 1)
+
+    def settle(self, fed: Federation) -> None:
+        """Train; when all are done or lost, mix."""
+        if fed.in_flight or self.mixing:
+            return
+        if self.replies:
+            trained = self.models.clone()
+            for reply in self.replies:
+                trained[reply.client] = reply["model"]
+            self.mix(fed, trained)
+        else:
+            self.train(fed)
+
+    def on_reply(self, fed: Federation, reply: Reply) -> None:
+        """Keep it until the nodes mix."""
+        self.replies.append(reply)
+
+    def on_exchange(self, fed: Federation, vectors: Tensor, tag: Any) -> None:
+        """The gossip step is done, and the round with it."""
+        self.mixing = False
+        self.complete(fed, vectors)
+
+    def train(self, fed: Federation) -> None:
+        """Every node that is there works on its own model; nothing travels."""
+        nodes = fed.idle()
+        if len(nodes):
+            fed.dispatch(nodes, start=self.models[nodes], local=True)
+
+    def mix(self, fed: Federation, models: Tensor) -> None:
+        """Begin a gossip step of ``models [clients, d]``: ``on_exchange`` gets ``W @ models``."""
+        fed.exchange(models, self.topology.mixing_matrix(fed.clients, fed.rng("topology", fed.version)))
+        self.mixing = True
+
+    def complete(self, fed: Federation, models: Tensor) -> None:
+        """The round is over: ``models [clients, d]`` are the nodes' new ones."""
+        self.models = models
+        fed.publish(models.mean(dim=0), used=self.replies)
+        self.replies = []
+
+    def own_models(self, fed: Federation) -> Mapping[int, Tensor]:
+        """Each node's model is its own."""
+        return dict(enumerate(self.models))
+
+    def views(self, fed: Federation) -> Mapping[str, Tensor]:
+        """The mean of the nodes' models, and all of them ``[clients, d]``."""
+        return {"global": fed.model, "nodes": self.models}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from scipy.stats import betabinom, chisquare
 
 from fedsim.checks import ConfigError
-from fedsim.data.partitions import Dirichlet, Divided, Drawn, Iid, Partition, Sampled, Shard, Spread, Table, _topped_up
+from fedsim.data.partitions import Dirichlet, Divided, Drawn, Iid, Partition, Sampled, Shard, Spread, Table
+from fedsim.data.partitions.base import topped_up
 from fedsim.rng import Randomness
 
 BALANCED = np.arange(6000) % 10
@@ -124,7 +126,7 @@ def test_dirichlet_tops_up_from_the_largest() -> None:
 
 
 def test_topping_up_takes_turns_among_the_largest() -> None:
-    holder = _topped_up(np.repeat([0, 1, 3], [50, 49, 1]), 4, 20, Randomness(0)("order").permutation(100))
+    holder = topped_up(np.repeat([0, 1, 3], [50, 49, 1]), 4, 20, Randomness(0)("order").permutation(100))
     assert sorted(np.bincount(holder).tolist()) == [20, 20, 30, 30]
 
 
@@ -135,6 +137,30 @@ def test_shards_are_equal_and_hold_few_labels() -> None:
     assert 0 < (counts == 60).sum() < 30  # two of a kind are dealt by chance: 9.5 expected
     ragged = Shard(3).split(Table(BALANCED[:1000], 10), 7, Randomness(0)).sizes
     assert max(ragged) - min(ragged) <= 3
+
+
+def test_draws_are_what_they_have_always_been() -> None:
+    # Committed results rest on these bits.
+    made = {}
+    for partition in (Iid(), Dirichlet(), Dirichlet(0.01, 5), Shard(2), Sampled()):
+        parts = parts_of(partition.split(Table(BALANCED, 10), 50, Randomness(5)))
+        made[f"{type(partition).__name__}{len(made)}"] = hashlib.sha256(np.concatenate(parts).tobytes()).hexdigest()[
+            :12
+        ]
+    assert made == {
+        "Iid0": "5cf177b357b9",
+        "Dirichlet1": "2bf22e05a541",
+        "Dirichlet2": "6eee1d136cc8",
+        "Shard3": "c3381ef7ef48",
+        "Sampled4": "4c6e721a5c3f",
+    }
+
+
+def test_divided_leaves_out_what_no_one_holds() -> None:
+    spread = Divided(np.array([1, -1, 0, 1, -1, 1, 3]), 5)
+    assert [part.tolist() for part in parts_of(spread)] == [[2], [0, 3, 5], [], [6], []]
+    assert spread.sizes.tolist() == [1, 3, 0, 1, 0]
+    assert spread.order.tolist() == [2, 0, 3, 5, 6]
 
 
 def test_divided_holds_one_order() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -68,6 +69,10 @@ def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -
         elif command == "resume":
             stopped_run(arguments[0])
             assert main([command, *arguments]) == 0
+        elif "--help" in arguments:
+            with contextlib.suppress(SystemExit):  # argparse's way to end
+                main([command, *arguments])
+            assert capsys.readouterr().out
         elif command != "report":
             assert main([command, *arguments]) == 0
             assert capsys.readouterr().out

@@ -486,7 +486,8 @@ def test_a_choice_states_every_argument_with_its_default(path):
     if path.stem == "dropout":
         defaults["dropout"] = 0.1
     assert arguments == defaults
-    instantiate(node)
+    if path.stem != "trace":  # a trace needs its folder
+        instantiate(node)
 
 
 # Size

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.checks import ConfigError, whole
+from fedsim.rng import Randomness
 
 EMBEDDED_MEAN = 0.2869149360
 EMBEDDED_STD = 0.3537792666
@@ -102,7 +103,7 @@ class Embedded:
         """The images and their labels."""
         with resources.files("fedsim.data.embedded").joinpath("fashion_mnist.npz").open("rb") as file:
             arrays = _read(file, ARRAYS)
-        train_x, test_x = (_standardised(arrays[name], EMBEDDED_MEAN, EMBEDDED_STD) for name in ("x_train", "x_test"))
+        train_x, test_x = (standardised(arrays[name], EMBEDDED_MEAN, EMBEDDED_STD) for name in ("x_train", "x_test"))
         train_y, test_y = (_labels(name, arrays[name]) for name in ("y_train", "y_test"))
         return Dataset(train_x, train_y, test_x, test_y, 10, "embedded")
 
@@ -151,8 +152,8 @@ class NpzFile:
         if (train.dtype == np.uint8) != (test.dtype == np.uint8):
             raise ConfigError(f"{where}: x_train is {train.dtype}, x_test {test.dtype}; only one would be scaled")
         if train.dtype == np.uint8 and train.size:
-            mean, std = _moments(train)
-            return _standardised(train, mean, std), _standardised(test, mean, std)
+            mean, std = moments(train)
+            return standardised(train, mean, std), standardised(test, mean, std)
         return _examples(f"{where}: x_train", train), _examples(f"{where}: x_test", test)
 
 
@@ -177,7 +178,7 @@ def _read(file: Any, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _moments(images: NDArray[np.uint8]) -> tuple[float, float]:
+def moments(images: NDArray[np.uint8]) -> tuple[float, float]:
     """Mean and standard deviation of bytes scaled to [0, 1], exactly, from how often each grey value occurs."""
     counts = np.bincount(images.reshape(-1), minlength=256)
     levels = np.arange(256) / 255.0
@@ -185,7 +186,7 @@ def _moments(images: NDArray[np.uint8]) -> tuple[float, float]:
     return mean, float(np.sqrt(counts @ (levels - mean) ** 2 / images.size))
 
 
-def _standardised(images: NDArray[np.uint8], mean: float, std: float) -> Tensor:
+def standardised(images: NDArray[np.uint8], mean: float, std: float) -> Tensor:
     """Bytes ``[n, ...]``, scaled to [0, 1], in units of ``std`` about ``mean``; ``[n, h, w]`` gets one channel."""
     x = torch.from_numpy(images)
     if x.ndim == 3:
@@ -228,3 +229,16 @@ def _labels(where: str, y: Any) -> Tensor:
     if np.abs(labels.astype(np.float64)).max() >= 2**31:
         raise ConfigError(f"{where} has labels of 2^31 or more; classes count from 0")
     return torch.from_numpy(labels.astype(np.int64))
+
+
+def fixed_split(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions for training and for testing, both ascending: of every class a fifth, rounded down, is for testing.
+
+    For data that come without an official test set: the split is part of the data, whatever the seed of a run.
+    """
+    test = []
+    for label in np.unique(labels):
+        mine = np.flatnonzero(labels == label)
+        test.append(mine[Randomness(0)("official split", label).permutation(len(mine))[: len(mine) // 5]])
+    chosen = np.sort(np.concatenate(test))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen

@@ -9,8 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.checks import one_of
 from fedsim.rng import Randomness
 from fedsim.vectors import Layout
+
+WEIGHTINGS = ("samples", "uniform")
+"""How clients may count in an objective: by their examples, or all alike."""
 
 
 class Problem(ABC):
@@ -30,6 +34,8 @@ class Problem(ABC):
     """False if there is nothing to train: local steps then take virtual time only."""
     target_metric: tuple[str, str] | None = None
     """The metric ``target`` is compared with, and ``"above"`` or ``"below"``; None if there is none."""
+    client_parts: tuple[str, ...] = ()
+    """For what clients keep examples of their own apart from training: none, or some of ``"test", "validation"``."""
 
     @abstractmethod
     def prepare(self, clients: int, randomness: Randomness) -> None:
@@ -57,6 +63,19 @@ class Problem(ABC):
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Metrics of one parameter vector, such as ``loss, accuracy, val_loss, val_accuracy``."""
 
+    def evaluate_clients(self, x: Tensor, clients: NDArray[np.int64], part: str) -> dict[str, NDArray[np.float64]]:
+        """Metrics of one parameter vector on each client's own examples, such as ``loss, accuracy``.
+
+        Args:
+            x: parameters ``[d]``; not to be changed.
+            clients: whose examples, ``[k]``.
+            part: which of them, one of ``client_parts``.
+
+        Returns:
+            ``[k]`` for each metric, NaN for a client that keeps no examples apart; nothing if no client does.
+        """
+        return {}
+
     def class_counts(self) -> NDArray[np.int64] | None:
         """``[clients, classes]``: training examples of each class each client holds; None if there are no classes."""
         return None
@@ -64,3 +83,14 @@ class Problem(ABC):
     def client_table(self) -> dict[str, NDArray[Any]]:
         """Columns about the clients for ``clients.parquet`` (class counts, say), each of length ``clients``."""
         return {"samples": self.samples}
+
+
+def objective_weights(samples: NDArray[np.int64], weighting: str) -> NDArray[np.float64]:
+    """``p [clients]`` of the objective ``sum_i p_i F_i``: ``n_i / n`` (``samples``), or the same for all who have data.
+
+    Raises:
+        ConfigError: if ``weighting`` is another name.
+    """
+    counts = samples if one_of("weighting", weighting, WEIGHTINGS) == "samples" else samples > 0
+    weights: NDArray[np.float64] = counts / max(int(counts.sum()), 1)
+    return weights

@@ -15,15 +15,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.checks import ConfigError, number
-from fedsim.data.partitions import Divided, Iid, Partition, Table
+from fedsim.data.partitions import Divided, Drawn, Iid, Partition, Table
 from fedsim.data.sources import Dataset, Embedded, Source
 from fedsim.problems.base import Problem
+from fedsim.problems.client_split import PARTS, ClientSplit
 from fedsim.problems.models import Mlp, Model
 from fedsim.rng import Randomness
 from fedsim.vectors import Layout
 
 CHUNK = 500
 """Examples evaluated at once: enough to keep a core busy, few enough for a convolution's memory."""
+
+CLIENTS = 100
+"""Clients whose own examples are looked up at once: drawn together they cost a tenth of what they do one by one."""
 
 
 @contextmanager
@@ -75,7 +79,7 @@ class _Held:
 
     client: int
     rows: Tensor
-    """``[samples]``, where its examples lie."""
+    """``[samples]``, where the examples it trains on lie."""
     examples: tuple[Tensor, Tensor] | None = None
     """All of them, gathered, once asked for."""
 
@@ -86,10 +90,15 @@ class Classification(Problem):
     The examples are kept once, as the source has them; a client's lie at ``rows(client)``, gathered when needed.
     One object must not be used by two threads at a time, for they would share the module; give each a copy.
 
+    Clients may keep some of their own examples apart (:class:`~fedsim.problems.client_split.ClientSplit`), to see how
+    a model does on each client's own data. Training sees only the others: these are ``samples``, and all that counts
+    samples goes by them. Where clients share examples (:class:`~fedsim.data.partitions.Sampled`), what one keeps apart
+    another may train on.
+
     Attributes:
         train_x, train_y: the source's training set, ``[n, ...]`` and ``[n]``, with the validation share.
         train_rows, val_rows: where in it what clients may hold and the validation share lie, both ascending.
-        spread: which positions in ``train_rows`` each client holds.
+        spread: which positions in ``train_rows`` each client holds, those it keeps apart included.
         val_x, val_y: the validation share, empty if ``validation`` is 0.
         test_x, test_y: the official test set.
         classes: how many classes there are.
@@ -101,6 +110,8 @@ class Classification(Problem):
             are the initial model, or a function without arguments that makes one; :class:`Mlp` unless given.
         partition: how training examples are spread; :class:`Iid` unless given.
         validation: share of the training examples kept for validation, 0 to 0.5.
+        client_validation: share of its own examples that each client keeps for validation, 0 to 0.5.
+        client_test: share of its own examples that each client keeps for test, 0 to 0.5.
 
     Raises:
         ConfigError: from the constructor for wrong arguments, from :meth:`prepare` for data and models that
@@ -113,11 +124,15 @@ class Classification(Problem):
         model: Model | nn.Module | Callable[[], nn.Module] | None = None,
         partition: Partition | None = None,
         validation: float = 0.1,
+        client_validation: float = 0.0,
+        client_test: float = 0.0,
     ) -> None:
         self.data = Embedded() if data is None else data
         self.model = Mlp() if model is None else model
         self.partition = Iid() if partition is None else partition
         self.validation = number("validation", validation, least=0, most=0.5)
+        self.client_validation = number("client_validation", client_validation, least=0, most=0.5)
+        self.client_test = number("client_test", client_test, least=0, most=0.5)
         if not isinstance(self.data, (Dataset, Source)):
             raise ConfigError(f"data={data!r}: must be a Dataset or have load()")
         if not (isinstance(self.model, (nn.Module, Model)) or callable(self.model)):
@@ -125,7 +140,11 @@ class Classification(Problem):
         if not isinstance(self.partition, Partition):
             raise ConfigError(f"partition={partition!r}: must be a Partition")
         self.target_metric = ("val_accuracy", "above") if self.validation else None
+        self.client_parts = tuple(part for part, share in self._client_shares().items() if share)
         self._held: _Held | None = None
+
+    def _client_shares(self) -> dict[str, float]:
+        return dict(zip(PARTS, (self.client_test, self.client_validation), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: not the examples gathered last."""
@@ -147,7 +166,8 @@ class Classification(Problem):
 
         self.val_rows, self.train_rows = self._validation_split(len(data.train_y), randomness)
         self.spread = self.partition.split(_table(data, self.train_rows), clients, randomness)
-        self.clients, self.samples = clients, self.spread.sizes
+        self._split = ClientSplit(self.spread.sizes, self._client_shares(), randomness)
+        self.clients, self.samples = clients, self._split.training
         self._held = None
         self.train_x, self.train_y = data.train_x.to(dtype), data.train_y
         self.val_x, self.val_y = self._gathered(torch.from_numpy(self.val_rows))
@@ -180,11 +200,11 @@ class Classification(Problem):
         return self._initial.clone()
 
     def rows(self, client: int) -> Tensor:
-        """``[samples]``: where in ``train_x`` one client's examples lie."""
+        """``[samples]``: where in ``train_x`` the examples that one client trains on lie."""
         return self._of(client).rows
 
     def examples(self, client: int) -> tuple[Tensor, Tensor]:
-        """One client's examples ``[samples, ...]`` and labels ``[samples]``; not to be written to."""
+        """The examples ``[samples, ...]`` and labels ``[samples]`` one client trains on; not to be written to."""
         held = self._of(client)
         if held.examples is None:
             held.examples = self._gathered(held.rows)
@@ -193,8 +213,21 @@ class Classification(Problem):
     def _of(self, client: int) -> _Held:
         """What the client holds. A task's steps ask for the same client again and again, so the last one is kept."""
         if self._held is None or self._held.client != client:
-            self._held = _Held(client, torch.from_numpy(self.train_rows[self.spread.of(client)]))
+            self._held = _Held(client, self.part_rows(np.array([client]), "training"))
         return self._held
+
+    def part_rows(self, clients: NDArray[np.int64], part: str) -> Tensor:
+        """``[n]``: where in ``train_x`` the clients' own examples of a part lie, client by client.
+
+        Args:
+            clients: whose, ``[k]``.
+            part: ``"training"``, ``"validation"`` or ``"test"``.
+        """
+        ids, spread = clients.tolist(), self.spread
+        held = list(spread.draw(clients)) if isinstance(spread, Drawn) else [spread.of(client) for client in ids]
+        if self.client_parts:
+            held = [each[self._split.positions(client, part)] for client, each in zip(ids, held, strict=True)]
+        return torch.from_numpy(self.train_rows[np.concatenate(held)])
 
     def _gathered(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         # Half the time of train_x[rows].
@@ -216,37 +249,69 @@ class Classification(Problem):
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Mean cross-entropy and accuracy: ``loss, accuracy`` (test) and, if kept, ``val_loss, val_accuracy``."""
+        with self._evaluating(x) as module:
+            loss, accuracy = _score(module, self.test_x, self.test_y)
+            metrics = {"loss": loss, "accuracy": accuracy}
+            if len(self.val_y):
+                metrics["val_loss"], metrics["val_accuracy"] = _score(module, self.val_x, self.val_y)
+        return metrics
+
+    def evaluate_clients(self, x: Tensor, clients: NDArray[np.int64], part: str) -> dict[str, NDArray[np.float64]]:
+        """``loss`` and ``accuracy``: ``[k]`` means over what each client keeps for ``part``, NaN if nothing."""
+        columns = {name: np.full(len(clients), np.nan) for name in ("loss", "accuracy")}
+        keeping = np.flatnonzero(self._split.kept[part][clients])
+        with self._evaluating(x) as module:
+            for start in range(0, len(keeping), CLIENTS):
+                some = keeping[start : start + CLIENTS]
+                losses, right = self._scores(module, self.part_rows(clients[some], part))
+                sizes = self._split.kept[part][clients[some]]
+                owner = np.repeat(np.arange(len(some)), sizes)
+                columns["loss"][some] = np.bincount(owner, losses) / sizes
+                columns["accuracy"][some] = np.bincount(owner, right) / sizes
+        return columns
+
+    def _scores(self, module: nn.Module, rows: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The cross-entropy of each example in ``rows [n]``, and 1 where the answer is right."""
+        losses, right = np.empty(len(rows)), np.empty(len(rows))
+        for start in range(0, len(rows), CHUNK):
+            images, labels = self._gathered(rows[start : start + CHUNK])
+            logits = module(images)
+            losses[start : start + CHUNK] = cross_entropy(logits, labels, reduction="none").numpy()
+            right[start : start + CHUNK] = (logits.argmax(dim=1) == labels).numpy()
+        return losses, right
+
+    @contextmanager
+    def _evaluating(self, x: Tensor) -> Iterator[nn.Module]:
+        """The module with parameters ``x [d]``, for evaluation within the block."""
         self._flat.values.copy_(x)
         module = self._flat.module.eval()
         try:
             # Seeded for modules that draw even now: evaluation too must not depend on what ran before.
             with torch.no_grad(), torch_seeded(0):
-                loss, accuracy = _score(module, self.test_x, self.test_y)
-                metrics = {"loss": loss, "accuracy": accuracy}
-                if len(self.val_y):
-                    metrics["val_loss"], metrics["val_accuracy"] = _score(module, self.val_x, self.val_y)
+                yield module
         finally:
             module.train()
-        return metrics
 
     def class_counts(self) -> NDArray[np.int64]:
         """``[clients, classes]``: training examples of each class each client holds."""
         counts = np.empty((self.clients, self.classes), dtype=np.int64)
-        labels = self.train_y.numpy()[self.train_rows]
+        labels = self.train_y.numpy()
         for client in range(self.clients):
-            counts[client] = np.bincount(labels[self.spread.of(client)], minlength=self.classes)
+            counts[client] = np.bincount(labels[self.rows(client).numpy()], minlength=self.classes)
         return counts
 
     def client_table(self) -> dict[str, NDArray[Any]]:
-        """``samples`` and ``class_0 .. class_{classes - 1}``: how many examples of each class a client holds.
+        """``samples``, what is kept apart (``test_samples, validation_samples``, if asked for), and ``class_0 ..
+        class_{classes - 1}``: how many training examples of each class a client holds.
 
-        Only ``samples`` where clients draw their examples when they are needed: to draw those of a million clients
+        No classes where clients draw their examples when they are needed: to draw those of a million clients
         that were never asked for would cost more than the run.
         """
-        if not isinstance(self.spread, Divided):
-            return super().client_table()
-        counts = self.class_counts()
-        return {"samples": self.samples} | {f"class_{label}": counts[:, label] for label in range(self.classes)}
+        columns = {"samples": self.samples} | {f"{part}_samples": self._split.kept[part] for part in self.client_parts}
+        if isinstance(self.spread, Divided):
+            counts = self.class_counts()
+            columns |= {f"class_{label}": counts[:, label] for label in range(self.classes)}
+        return columns
 
 
 def _table(data: Dataset, rows: NDArray[np.int64]) -> Table:

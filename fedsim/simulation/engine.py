@@ -49,6 +49,7 @@ class Simulation(Federation):
 
     Args:
         eval_every: rounds between evaluations; 0 never evaluates.
+        client_eval_every: rounds between evaluations on the clients' own examples; 0 never.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Simulation(Federation):
         randomness: Randomness,
         cohort: int,
         eval_every: int = 1,
+        client_eval_every: int = 0,
     ) -> None:
         self.strategy, self.problem, self.system, self.pool = strategy, problem, system, pool
         self.limits, self.randomness = stop, randomness
@@ -78,7 +80,7 @@ class Simulation(Federation):
         self.kernel = Kernel(limit=100_000 + 20 * self.clients)
         self.tasks = Lifecycle(self)
         self.links = Links(self)
-        self.evaluation = Evaluation(self, eval_every)
+        self.evaluation = Evaluation(self, eval_every, client_eval_every)
         self._version = 0
         self._picks = 0
         self._settling = False
@@ -99,8 +101,8 @@ class Simulation(Federation):
 
     @property
     def round(self) -> int:
-        """Cohorts of results received."""
-        return self.updates // self.cohort
+        """Cohorts of results received, or models published by peers: a node that is away must not hold up the count."""
+        return self._version if self.strategy.everybody else self.updates // self.cohort
 
     @property
     def model(self) -> Tensor:
@@ -216,11 +218,16 @@ class Simulation(Federation):
         """A copy of a client's committed state."""
         return self.tasks.state_of(client)[name].clone()
 
-    def profile(self, client: int, steps: int) -> float:
-        """Expected seconds of a task."""
-        ids, network, size = np.array([client]), self.system.network, self.layout.nbytes
-        total = network.down(ids, size) + network.up(ids, size)
-        return float((total + self.system.compute.expected(ids, np.array([steps])))[0]) / NS
+    def kept(self, name: str) -> dict[int, Tensor]:
+        """Copies of all clients' committed states of that name."""
+        return self.tasks.kept(name)
+
+    def profile(self, clients: NDArray[np.int64], steps: int | NDArray[np.int64]) -> NDArray[np.float64]:
+        """Expected seconds of a task by each client."""
+        network, size = self.system.network, self.layout.nbytes
+        total = network.down(clients, size) + network.up(clients, size)
+        seconds: NDArray[np.float64] = (total + self.system.compute.expected(clients, steps)) / NS
+        return seconds
 
     def rng(self, purpose: str, *ids: Any) -> Draw:
         """The strategy's own keyed randomness."""

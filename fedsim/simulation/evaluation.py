@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from fedsim.checks import SimulationError
 from fedsim.record import METRIC_COLUMNS, Log
 
 if TYPE_CHECKING:
+    from fedsim.problems.base import Problem
     from fedsim.simulation.engine import Simulation
+
+Columns = dict[str, NDArray[np.float64]]
+"""Values by name, one for each client or node, ``[n]``."""
+
+PREFIXES = {"test": "", "validation": "val_"}
+"""What begins the name of a metric on each part of the examples."""
 
 
 class Evaluation:
@@ -16,27 +29,49 @@ class Evaluation:
 
     Args:
         every: rounds between evaluations; 0 never.
+        client_every: rounds between evaluations on the clients' own examples, each made together with the first
+            evaluation that comes then; 0 never.
     """
 
-    def __init__(self, sim: Simulation, every: int) -> None:
+    def __init__(self, sim: Simulation, every: int, client_every: int = 0) -> None:
         self.sim = sim
-        self.every = every
+        self.every, self.client_every = every, client_every
         self.log = Log(METRIC_COLUMNS)
         self.latest: dict[str, float] = {}
-        self._next = 0
+        self._next = self._next_clients = 0
         self._taken: tuple[int, int, int] | None = None
+        self._clients_taken: tuple[int, int, int] | None = None
+        self._per_client: tuple[tuple[int, int, int], Columns] | None = None
 
     def at_round(self, round: int) -> None:
         """Evaluate if ``round`` has come to the next one that is due."""
         if self.every and round >= self._next:
             self._next = (round // self.every + 1) * self.every
-            self._take()
+            due = bool(self.client_every) and round >= self._next_clients
+            if due:
+                self._next_clients = (round // self.client_every + 1) * self.client_every
+            self._take(due)
 
     def final(self) -> None:
-        """Evaluate the end of the run, unless that has just been done."""
-        moment = (self.sim.kernel.now, self.sim.updates, self.sim.version)
-        if self.every and self._taken != moment:
-            self._take()
+        """Evaluate the end of the run, on the clients' own examples too if ever, unless that has just been done."""
+        clients, moment = bool(self.client_every), self._moment()
+        if not self.every or (self._taken == moment and (not clients or self._clients_taken == moment)):
+            return
+        if self._taken == moment:
+            self.log.rows.pop()  # one row for one moment: the new one says the same and more
+        self._take(clients)
+
+    def per_client(self) -> Columns:
+        """How the model does on each client's own examples now, ``[clients]`` for each metric; none if none are kept.
+
+        ``loss, accuracy`` (test) and ``val_loss, val_accuracy`` of the view ``"global"``, or of the model where there
+        is no such vector; the same with ``own_`` before the name for the clients' own models, once there are any.
+        NaN for a client that keeps no examples, or has no model of its own.
+        """
+        moment = self._moment()
+        if self._per_client is None or self._per_client[0] != moment:
+            self._per_client = (moment, _per_client(self.sim) if self.sim.problem.client_parts else {})
+        return self._per_client[1]
 
     def reached(self, target: float) -> bool:
         """Whether the newest evaluation meets the target on the problem's target metric."""
@@ -53,23 +88,87 @@ class Evaluation:
     def snapshot(self) -> dict[str, Any]:
         """Everything that :meth:`restore` needs, the whole log included: it is short."""
         log = {"columns": self.log.columns, "rows": self.log.rows}
-        return {"latest": self.latest, "next": self._next, "taken": self._taken, **log}
+        due = {"next": self._next, "next_clients": self._next_clients}
+        return {"latest": self.latest, "taken": self._taken, "clients_taken": self._clients_taken, **due, **log}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         """Become what :meth:`snapshot` saw."""
-        self.latest, self._next, self._taken = snapshot["latest"], snapshot["next"], snapshot["taken"]
+        self.latest, self._taken, self._clients_taken = (
+            snapshot[name] for name in ("latest", "taken", "clients_taken")
+        )
+        self._next, self._next_clients = snapshot["next"], snapshot["next_clients"]
         self.log.columns, self.log.rows = snapshot["columns"], snapshot["rows"]
 
-    def _take(self) -> None:
+    def _moment(self) -> tuple[int, int, int]:
+        return self.sim.kernel.now, self.sim.updates, self.sim.version
+
+    def _take(self, clients: bool) -> None:
         sim = self.sim
         self.latest = {}
-        for view, vector in sim.strategy.views(sim).items():
+        for view, vectors in sim.strategy.views(sim).items():
             prefix = "" if view == "global" else f"{view}_"
-            for name, value in sim.problem.evaluate(vector).items():
-                self.latest[prefix + name] = float(value)
+            if vectors.ndim == 1:
+                found = {prefix + name: float(value) for name, value in sim.problem.evaluate(vectors).items()}
+            else:
+                found = _of_nodes(sim.problem, prefix, vectors)
+                found["consensus" if view == "nodes" else f"{view}_consensus"] = consensus(vectors)
+            self.latest.update(found)
+        if clients:
+            self.latest.update(_of_clients(self.per_client()))
+            self._clients_taken = self._moment()
         for name in self.latest:
             self.log.columns.setdefault(name, "float64")
-        self._taken = (sim.kernel.now, sim.updates, sim.version)
+        self._taken = self._moment()
         down, up = sim.bytes_moved()
         metrics = [self.latest.get(name) for name in list(self.log.columns)[len(METRIC_COLUMNS) :]]
         self.log.append((sim.version, sim.round, sim.now, sim.updates, sim.samples_done, up, down, *metrics))
+
+
+def consensus(nodes: Tensor) -> float:
+    """``mean_i ||x_i - mean||^2`` of models ``[k, d]``: how far the nodes are from agreeing."""
+    mean = nodes.mean(dim=0, dtype=torch.float64)
+    return float(sum((each - mean).square().sum() for each in nodes) / len(nodes))
+
+
+def _of_nodes(problem: Problem, prefix: str, nodes: Tensor) -> dict[str, float]:
+    """Metrics of models ``[k, d]``, each evaluated by itself."""
+    rows = [problem.evaluate(each) for each in nodes]
+    return _summary({prefix + name: np.array([row[name] for row in rows]) for name in rows[0]})
+
+
+def _per_client(sim: Simulation) -> Columns:
+    problem, everybody = sim.problem, np.arange(sim.clients)
+    model = sim.strategy.views(sim).get("global", sim.current)
+    model = model if model.ndim == 1 else sim.current
+    columns: Columns = {}
+    for part in problem.client_parts:
+        for name, values in problem.evaluate_clients(model, everybody, part).items():
+            columns[PREFIXES[part] + name] = values
+    for client, own in sorted(sim.strategy.own_models(sim).items()):
+        for part in problem.client_parts:
+            for name, values in problem.evaluate_clients(own, np.array([client]), part).items():
+                column = columns.setdefault(f"own_{PREFIXES[part]}{name}", np.full(sim.clients, np.nan))
+                column[client] = values[0]
+    return columns
+
+
+def _of_clients(columns: Columns) -> dict[str, float]:
+    """Metrics over the clients that keep examples; one without a model of its own counts with the global one."""
+    values: Columns = {}
+    for name, column in columns.items():
+        shared = name.removeprefix("own_")
+        own = "own_" if shared != name else ""
+        column = np.where(np.isnan(column), columns[shared], column)
+        values[f"{own}client_{shared}"] = column[~np.isnan(column)]
+    return _summary(values)
+
+
+def _summary(columns: Mapping[str, NDArray[np.float64]]) -> dict[str, float]:
+    """The mean of each; of accuracies the standard deviation and the mean of the lowest tenth (rounded up) too."""
+    metrics: dict[str, float] = {}
+    for name, values in columns.items():
+        metrics[name] = float(values.mean())
+        if name.endswith("accuracy"):
+            worst = np.sort(values)[: -(-len(values) // 10)]
+            metrics |= {f"{name}_std": float(values.std()), f"{name}_worst": float(worst.mean())}
+    return metrics

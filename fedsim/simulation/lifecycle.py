@@ -140,7 +140,7 @@ class Lifecycle:
                 task.down_bytes = message_bytes(specs, sim.layout) + (0 if task.held else sim.layout.nbytes)
                 task.up_bytes = self._up_bytes[task.job]
             task.start = None
-            state = self.state_of(task.client)
+            state = {name: each for name, each in self.state_of(task.client).items() if name not in rule.unread}
             task.work = Work(task.id, task.client, task.nth, task.job, start, message, state, rate, count)
             if rule.measured:
                 self._train([task])
@@ -383,6 +383,14 @@ class Lifecycle:
                 return fresh
             self._states[client] = fresh
         return self._states[client]
+
+    def kept(self, name: str) -> dict[int, Tensor]:
+        """``Federation.kept``."""
+        return {
+            client: self._states[client][name].clone()
+            for client in sorted(self._states)
+            if name in self._states[client]
+        }
 
     # ---- stop and resume -------------------------------------------------------------------------
 

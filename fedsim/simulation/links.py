@@ -85,6 +85,8 @@ class Links:
     def _moved(self, letter: Letter) -> int:
         network, src, dst = self.sim.system.network, np.array([letter.src]), np.array([letter.dst])
         elapsed = np.array([self.sim.kernel.now - letter.sent])
+        if not elapsed[0]:  # without a network too, a message takes a nanosecond
+            return 0
         if letter.src == SERVER:
             return int(network.moved_down(dst, letter.nbytes, elapsed)[0])
         if letter.dst == SERVER:
@@ -141,7 +143,8 @@ class Links:
 
     def _moved_exchange(self, gossip: Gossip) -> NDArray[np.int64]:
         elapsed = np.full(len(gossip.src), self.sim.kernel.now - gossip.sent)
-        return self.sim.system.network.moved_link(gossip.src, gossip.dst, gossip.nbytes, elapsed)
+        moved = self.sim.system.network.moved_link(gossip.src, gossip.dst, gossip.nbytes, elapsed)
+        return np.where(elapsed > 0, moved, 0)  # without a network too, a step takes a nanosecond
 
     # ---- the ledger ------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Who is online when.
+"""Who is online when: the interface, and the models that know nothing of days, data or batteries.
 
 A model moves forward from change to change: :meth:`Availability.next_change` says when somebody's state may
 next differ, :meth:`Availability.advance` goes there and says who came and who went. Two kinds: *slotted*
@@ -111,20 +111,20 @@ class Slotted(Availability):
         states = self._online
         while self._number < now // self._slot_ns:
             self._number += 1
-            states = self._following(states, self._uniform(np.arange(len(states)), self._number))
+            states = self._following(np.arange(len(states)), states)
         return _flip(self._online, np.flatnonzero(states != self._online))
 
-    def _uniform(self, ids: Ids, slot: int) -> NDArray[np.float64]:
-        """One uniform per client, keyed by (client, slot)."""
-        return self._randomness("availability.slot", ids, np.array([slot])).uniform()
+    def _uniform(self, ids: Ids) -> NDArray[np.float64]:
+        """One uniform per client for the slot arrived at, keyed by (client, slot)."""
+        return self._randomness("availability.slot", ids, np.array([self._number])).uniform()
 
     @abstractmethod
     def _first(self, ids: Ids) -> States:
         """The states in slot 0."""
 
     @abstractmethod
-    def _following(self, states: States, uniform: NDArray[np.float64]) -> States:
-        """The states (a new array) in the slot after ``states``, given one uniform per client."""
+    def _following(self, ids: Ids, states: States) -> States:
+        """The states (a new array) in slot ``self._number``, which follows the one of ``states``."""
 
 
 class Bernoulli(Slotted):
@@ -135,10 +135,10 @@ class Bernoulli(Slotted):
         self.p = number("p", p, least=0, most=1)
 
     def _first(self, ids: Ids) -> States:
-        return self._uniform(ids, 0) <= self.p
+        return self._uniform(ids) <= self.p
 
-    def _following(self, states: States, uniform: NDArray[np.float64]) -> States:
-        return uniform <= self.p
+    def _following(self, ids: Ids, states: States) -> States:
+        return self._uniform(ids) <= self.p
 
 
 class Switching(Availability):
@@ -292,6 +292,6 @@ class _Chain(Slotted):
     def _first(self, ids: Ids) -> States:
         return _stationary(self._randomness, ids, self.up, self.down)
 
-    def _following(self, states: States, uniform: NDArray[np.float64]) -> States:
-        leaves = uniform <= np.where(states, self.slot / self.up, self.slot / self.down)
+    def _following(self, ids: Ids, states: States) -> States:
+        leaves = self._uniform(ids) <= np.where(states, self.slot / self.up, self.slot / self.down)
         return states ^ leaves

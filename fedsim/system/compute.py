@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 from fedsim.checks import number, one_of, seconds
 from fedsim.rng import Draw, Randomness
-from fedsim.system.base import WIDEST, Ids, Nanoseconds, nanoseconds
+from fedsim.system.base import WIDEST, Ids, Nanoseconds, nanoseconds, positive_normals
+
+LARGEST_JITTER = {"lognormal": 100.0, "exponential": 1.0, "normal": 0.3}
+"""The largest coefficient of variation of a task's duration under each law."""
 
 
 class Compute(ABC):
@@ -24,8 +27,9 @@ class Compute(ABC):
     Args:
         jitter: coefficient of variation (standard deviation over mean) of a factor with mean 1 that
             multiplies each task's duration; 0 draws nothing.
-        jitter_law: ``lognormal``, or ``exponential``: ``1 - jitter + jitter * Exp(1)``, which needs
-            ``jitter <= 1`` and at 1 makes task times exponential.
+        jitter_law: ``lognormal``; ``exponential``: ``1 - jitter + jitter * Exp(1)``, which needs ``jitter <= 1``
+            and at 1 makes task times exponential; or ``normal``, drawn again until above 0, which needs
+            ``jitter <= 0.3``: there the cut at 0 raises the mean by less than 0.05 %.
 
     Raises:
         ConfigError: if ``jitter`` is negative or too large for its law, or the law is unknown.
@@ -35,8 +39,8 @@ class Compute(ABC):
     """Mean seconds of one local step, ``[clients]``; there after :meth:`prepare`."""
 
     def __init__(self, jitter: float = 0.0, jitter_law: str = "lognormal") -> None:
-        self.jitter_law = one_of("jitter_law", jitter_law, ("lognormal", "exponential"))
-        self.jitter = number("jitter", jitter, least=0, most=1 if jitter_law == "exponential" else 100)
+        self.jitter_law = one_of("jitter_law", jitter_law, LARGEST_JITTER)
+        self.jitter = number("jitter", jitter, least=0, most=LARGEST_JITTER[self.jitter_law])
 
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Draw the speeds of clients ``0 .. clients - 1``."""
@@ -60,6 +64,8 @@ class Compute(ABC):
     def _jitter_factors(self, draw: Draw) -> NDArray[np.float64]:
         if self.jitter_law == "exponential":
             return 1.0 - self.jitter + self.jitter * draw.exponential()
+        if self.jitter_law == "normal":
+            return positive_normals(draw, self.jitter)
         variance = math.log1p(self.jitter**2)  # of the factor's logarithm
         return np.exp(math.sqrt(variance) * draw.normal() - variance / 2)
 
@@ -111,7 +117,7 @@ class Lognormal(Compute):
 
 
 class Exponential(Compute):
-    """Seconds per step exponential with mean ``mean``."""
+    """Seconds per step exponential with mean ``mean``; in FedCompass (arXiv:2309.14675), too."""
 
     def __init__(self, mean: float = 0.1, jitter: float = 0.0, jitter_law: str = "lognormal") -> None:
         super().__init__(jitter, jitter_law)
@@ -119,3 +125,61 @@ class Exponential(Compute):
 
     def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
         return self.mean * draw.exponential()
+
+
+class Normal(Compute):
+    """Seconds per step normal with mean ``mean`` and standard deviation ``spread * mean``, always above 0.
+
+    FedCompass (arXiv:2309.14675) in the released code of its authors, with spread 0.3 and a normal jitter of 0.05.
+    That code draws the speeds of all clients again until every one is above 0; here only a client at or below 0
+    draws again, so that its speed depends on nobody else's. The cut at 0 raises the mean by the factor
+    ``1 + spread * pdf(1 / spread) / cdf(1 / spread)`` of the standard normal: 1.0005 at 0.3, 1.29 at 1.
+
+    Args:
+        mean: seconds per local step, before the cut at 0.
+        spread: standard deviation over mean, before the cut at 0; at most 1.
+        jitter: as in :class:`Compute`.
+        jitter_law: as in :class:`Compute`.
+
+    Raises:
+        ConfigError: if an argument is out of range.
+    """
+
+    def __init__(
+        self, mean: float = 0.1, spread: float = 0.3, jitter: float = 0.05, jitter_law: str = "normal"
+    ) -> None:
+        super().__init__(jitter, jitter_law)
+        self.mean = seconds("mean", mean, above=0)
+        self.spread = number("spread", spread, least=0, most=1)
+
+    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        return self.mean * positive_normals(draw, self.spread)
+
+
+class Linear(Compute):
+    """Seconds per step fall linearly from client 0, the slowest, to the last: nothing is drawn.
+
+    Scenario F-X of FedFix (Fraboni et al., arXiv:2206.10189), with X the ``spread``: the last client needs
+    ``slowest * (1 - spread / 100)``, a client alone ``slowest``. A client's speed therefore depends on how many
+    clients there are.
+
+    Args:
+        slowest: seconds per local step of client 0.
+        spread: per cent of it that the fastest client saves, below 100; 0 makes all alike.
+        jitter: as in :class:`Compute`.
+        jitter_law: as in :class:`Compute`.
+
+    Raises:
+        ConfigError: if an argument is out of range.
+    """
+
+    def __init__(
+        self, slowest: float = 0.1, spread: float = 80.0, jitter: float = 0.0, jitter_law: str = "lognormal"
+    ) -> None:
+        super().__init__(jitter, jitter_law)
+        self.slowest = seconds("slowest", slowest, above=0)
+        self.spread = number("spread", spread, least=0, below=100)
+
+    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        position = np.arange(clients) / max(1, clients - 1)
+        return self.slowest * (1.0 - self.spread / 100 * position)

@@ -19,6 +19,15 @@ from fedsim.system.base import WIDEST, Ids, Nanoseconds, nanoseconds
 
 BYTES_PER_MEGABIT = 125_000
 
+MOBILE_DOWN = (2.4, 4.3, 17.3)
+"""Least, median and largest mean download of the 19 phones that :class:`Mobile` is fitted to, in Mbit/s."""
+
+MOBILE_UP = (0.43, 3.3, 6.6)
+"""The same of their uploads."""
+
+MOBILE_SIGMA = 0.6
+"""Standard deviation of the logarithm, before it is cut to the range."""
+
 Bytes = int | NDArray[np.int64]
 """A message size in bytes: one for all, or one each ``[k]``."""
 
@@ -136,3 +145,45 @@ class Lognormal(Network):
 
     def _bandwidths(self, median: float, draw: Draw) -> NDArray[np.float64]:
         return median * BYTES_PER_MEGABIT * np.exp(self.sigma * draw.normal())
+
+
+class Mobile(Network):
+    """Bandwidths of phones on mobile networks, after the 19 users measured for FLASH (arXiv:2006.06983).
+
+    Fitted, to the users' means in that project's file of speeds: the least, median and largest download (2.4, 4.3,
+    17.3 Mbit/s) and upload (0.43, 3.3, 6.6). Below the median and above it a client's bandwidth is lognormal around
+    the median, cut at the least and at the largest, so these three hold exactly. One ``sigma`` of 0.6 serves both
+    directions: the logarithms then deviate by 0.45 down and 0.49 up (users: 0.48 and 0.70, or by their quartiles
+    0.49 and 0.46: two users had hardly any upload), and the means are 5.25 and 3.38 Mbit/s (users: 5.85 and 3.67).
+
+    Not modelled: that users' measurements vary (coefficient of variation about 0.37), since here a client's bandwidth
+    is fixed; and that down and up correlate (0.45 between the logarithms, of 19 users), since they are drawn apart.
+    The file says kb/s, read here as kilobits; FLASH's own code takes it for kilobytes, which is ``scale=8``.
+
+    Args:
+        scale: factor on all bandwidths.
+        latency: seconds one way before the first byte; not part of the measurements.
+
+    Raises:
+        ConfigError: if an argument is out of range.
+    """
+
+    def __init__(self, scale: float = 1.0, latency: float = 0.05) -> None:
+        super().__init__(latency)
+        self.scale = number("scale", scale, above=0)
+
+    def prepare(self, clients: int, randomness: Randomness) -> None:
+        """Draw every client's bandwidths, keyed by (seed, direction, client)."""
+        ids = np.arange(clients)
+        unit = self.scale * BYTES_PER_MEGABIT
+        self.down_bytes_per_second = unit * _around_median(randomness("network.down", ids), *MOBILE_DOWN)
+        self.up_bytes_per_second = unit * _around_median(randomness("network.up", ids), *MOBILE_UP)
+
+
+def _around_median(draw: Draw, least: float, median: float, most: float) -> NDArray[np.float64]:
+    """Lognormal on each side of its median, cut at ``least`` and ``most``: by inverting the distribution function."""
+    from scipy.special import ndtr, ndtri  # late: a third of a second that other networks need not pay
+
+    ends = ndtr(np.log(np.array([least, median, most]) / median) / MOBILE_SIGMA)
+    quantile = np.interp(draw.uniform(), [0.0, 0.5, 1.0], ends)
+    return median * np.exp(MOBILE_SIGMA * np.asarray(ndtri(quantile)))

@@ -1,0 +1,110 @@
+"""What must hold for every strategy there is, the next one included: it learns, it resumes, Ray changes nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedsim
+from fedsim.assemble import Assembly
+from fedsim.config import choices, compose_run
+
+NAMES = sorted(choices("strategy", Path(__file__).parent))
+
+PEERS = {"dpsgd", "dfedavg", "dfedavgm"}
+WAITING = {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", *PEERS}
+"""Those that use no stale update."""
+
+OTHERWISE = {
+    # All work all the time, so every update is as stale as there are clients, and slow ones weigh much: small steps.
+    "async_fedavg": ["clients=20", "compute=uniform", "strategy.server_lr=0.05"],
+    "dpsgd": ["local.batch_size=20", "rounds=700", "eval_every=50"],  # one gradient per round
+}
+
+
+def run(name: str, *overrides: str, **more: Any) -> fedsim.Run:
+    return Assembly(*compose_run([f"strategy={name}", *overrides], Path(__file__).parent)).run(**more)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_seventy_percent_of_the_test_images_are_right(name: str, tmp_path: Path) -> None:
+    """On the embedded images, an MLP, Dirichlet(0.3) labels, unequal speeds: no error of sign or unit survives this."""
+    population = ["clients=20", "topology=exponential"] if name in PEERS else ["clients=100"]
+    # The run ends early, by validation data alone.
+    usual = ["network=none", "target=0.75", "rounds=60", "eval_every=5", f"out={tmp_path / 'run'}"]
+    done = run(name, *population, *usual, *OTHERWISE.get(name, []))
+    assert done.metrics.accuracy.iloc[0] < 0.3
+    assert done.metrics.accuracy.iloc[-1] >= 0.7
+    assert (done.summary["mean_staleness"] == 0) == (name in WAITING)
+
+
+# ---- the same bits, however it was run -----------------------------------------------------------------
+
+LIVELY = [
+    "model=logistic",
+    "clients=12",
+    "cohort=4",
+    "rounds=9",
+    "eval_every=3",
+    "compute.jitter=0.3",
+    "availability=markov",
+    "availability.up=20",
+    "availability.down=5",
+    "faults=dropout",
+    "topology=random",
+]
+"""Clients that come and go, drop out, and need another time for every task."""
+
+
+def hashes(path: Path) -> tuple[str, str]:
+    manifest = json.loads((path / "manifest.json").read_text())
+    return manifest["model_sha256"], manifest["events_sha256"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_that_is_stopped_three_times_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
+    class StoppedError(Exception):
+        pass
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = run(name, *LIVELY, "checkpoint.events=7", f"out={whole}")
+    instants: list[float] = []
+    for _ in range(3):
+        left = 2 + len(set(done.events.dispatched)) // 4
+
+        def stop(sim: Any) -> None:
+            nonlocal left
+            left -= 1
+            instants.append(sim.now)
+            if left == 0:
+                raise StoppedError
+
+        with pytest.raises(StoppedError):
+            run(name, *LIVELY, "checkpoint.events=7", f"out={parts}", observer=stop, resume=parts.exists())
+    run(name, *LIVELY, "checkpoint.events=7", f"out={parts}", resume=True)
+    assert hashes(parts) == hashes(whole)
+    assert (parts / "summary.json").read_text() == (whole / "summary.json").read_text()
+    assert instants == sorted(instants)  # each time it went on, none began anew
+    assert 0 < instants[-1] < done.summary["time"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_ray_gives_the_same_bits(name: str, cluster: None, tmp_path: Path) -> None:
+    inline, remote = tmp_path / "inline", tmp_path / "ray"
+    run(name, *LIVELY, f"out={inline}")
+    run(name, *LIVELY, "pool=ray", "pool.workers=2", "pool.group=3", f"out={remote}")
+    assert hashes(inline) == hashes(remote)
