@@ -110,6 +110,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 def _composed(overrides: Sequence[str], given: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().clear()
+    _refuse_nameless(given)
     try:
         with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
             return compose(CONFIG_NAME, overrides=list(overrides), return_hydra_config=True)
@@ -121,11 +122,20 @@ def _composed(overrides: Sequence[str], given: Sequence[str]) -> DictConfig:
         raise ConfigError(_bad_override(error, given)) from None
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from None
-    except ValueError:  # a group set to something that is no name
-        wrong = next((one for one in given if one.partition("=")[0] in GROUPS), "")
-        group = wrong.partition("=")[0]
-        allowed = ", ".join(sorted(choices(group, Path.cwd()))) if group else "see fedsim list"
-        raise ConfigError(f"{wrong}: must be the name of one choice, allowed: {allowed}") from None
+
+
+def _refuse_nameless(overrides: Sequence[str]) -> None:
+    """Refuse a group that is set to nothing, a number or a list: Hydra would fall over it."""
+    for one in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(one)
+        except (OverrideParseException, HydraException):
+            continue  # composing says what is wrong with it
+        group, value = parsed.key_or_group, parsed.value()
+        nameless = not isinstance(value, str) and not parsed.is_delete() and not parsed.is_sweep_override()
+        if group in GROUPS and nameless and (group, value) != ("experiment", None):
+            allowed = ", ".join(sorted(choices(group, Path.cwd())))
+            raise ConfigError(f"{one}: must be the name of one choice, allowed: {allowed}")
 
 
 def _unknown_choice(error: MissingConfigException) -> str:

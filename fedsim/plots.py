@@ -31,6 +31,7 @@ MEGABYTE = 1e6
 GREY = "#444444"
 FONT = 8.5  # points; the figure is as wide as one column of text, so it is printed at this size
 POINTS = 80  # of a curve in a panel 2.3 inches wide
+LARGEST_DRAWN = 1e60
 XAxis = Literal["time", "bytes", "round"]
 
 
@@ -83,7 +84,8 @@ def metric_against(runs_by_group: Mapping[str, Sequence[RunRecord]], x: XAxis, m
     logarithmic = "accuracy" not in metric and _spans_magnitudes([run.column(metric) for run in everything])
     drawn: list[Floats] = [np.zeros(0)]
     for index, (label, runs) in enumerate(runs_by_group.items()):
-        grid, mean, low, high = curve(runs, x, metric, most=POINTS, geometric=logarithmic)
+        grid, *lines = curve(runs, x, metric, most=POINTS, geometric=logarithmic)
+        mean, low, high = (_drawable(each) for each in lines)
         # Steps closer together than the line is wide break up its dashes; a line through the same values does not.
         steps = grid.size < POINTS
         line = _key(index, label)
@@ -160,6 +162,12 @@ def _spans_magnitudes(columns: Sequence[Floats]) -> bool:
     values = np.concatenate([np.asarray(column, dtype=np.float64) for column in columns]) if columns else np.zeros(0)
     positive = values[np.isfinite(values) & (values > 0)]
     return bool(positive.size and not (values < 0).any() and positive.max() > 50 * positive.min())
+
+
+def _drawable(values: Floats) -> Floats:
+    """Values with gaps where a run has diverged beyond what an axis can show."""
+    with np.errstate(invalid="ignore"):
+        return np.where(np.abs(values) < LARGEST_DRAWN, values, math.nan)
 
 
 def _scale(ax: Axes, metric: str, means: Floats, logarithmic: bool) -> None:

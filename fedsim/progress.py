@@ -38,7 +38,9 @@ def ended(run: Run) -> str:
         f"{summary['updates']} updates",
         megabytes(summary["down_bytes"] + summary["up_bytes"]),
     ]
-    parts += [f"{name} {summary['metrics'][name]:.4g}" for name in headline(summary["metrics"])]
+    for name in headline(summary["metrics"]):
+        value = summary["metrics"][name]
+        parts.append(f"{name} not finite" if value is None else f"{name} {value:.4g}")
     for outcome in ("rejected", "failed"):
         if summary["outcomes"].get(outcome):
             parts.append(f"{summary['outcomes'][outcome]} updates {outcome.upper()}, see run.log")

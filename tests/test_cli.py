@@ -337,6 +337,8 @@ WRONG = {
     "problem=none problem.parameters=1e30": "problem.parameters=1e+30: must be",
     "local.sends=model": "local.sends=model: unknown key",
     "strategy=null": "strategy=null: must be the name of one choice, allowed: async_fedavg, dfedavg, ",
+    "data=digits compute=null": "compute=null: must be the name of one choice, allowed: constant, exponential, ",
+    "data=digits availability=[a,b]": "availability=[a,b]: must be the name of one choice, allowed: always, ",
     "local=3": "local=3: must be the name of one choice, allowed: sgd",
     "seed=0,1": "seed=0,1: several values are a sweep, add -m",
     "--cfg job foo=1": "foo=1: unknown key",

@@ -21,9 +21,10 @@ from fedsim import LocalSGD, Stop
 from fedsim.app import simulate
 from fedsim.checks import ConfigError
 from fedsim.cli import main
-from fedsim.data.partitions import Dirichlet, Iid, Partition, Sampled, Table
+from fedsim.data.partitions import Continuous, Dirichlet, Drawn, Iid, Partition, Sampled, Size, Table
 from fedsim.data.sources import Dataset
 from fedsim.data.tabular import Adult, BreastCancer
+from fedsim.problems.classification import Classification
 from fedsim.problems.least_squares import LeastSquares
 from fedsim.problems.logistic import LogisticRegression
 from fedsim.recording import Run
@@ -186,6 +187,32 @@ def test_more_classes_are_odd_against_even() -> None:
     assert list(logistic(4, partition=Sampled(9)).client_table()) == ["samples"]
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.3])
+@pytest.mark.parametrize("partition", [Sampled(7, 0.2), Dirichlet(0.3)])
+def test_class_counts_are_those_of_the_clients_taken_one_by_one(
+    partition: Partition, kept: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Classification(labelled(classes=4), partition=partition, client_test=kept)
+    problem.prepare(230, Randomness(3))
+    expected = [np.bincount(problem.examples(client)[1], minlength=4).tolist() for client in range(230)]
+    assert problem.class_counts().tolist() == expected
+    monkeypatch.setattr("fedsim.problems.base.EXAMPLES", 20)
+    assert problem.class_counts().tolist() == expected
+    other = logistic(230, data=labelled(classes=4), partition=partition)
+    rows = [other.spread.of(client) for client in range(230)]
+    assert other.class_counts().tolist() == [np.bincount(other.labels[each], minlength=4).tolist() for each in rows]
+
+
+def test_examples_drawn_by_the_client_are_counted_many_clients_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Classification(labelled(classes=4), partition=Sampled(7, 0.2))
+    problem.prepare(1000, Randomness(3))
+    calls: list[int] = []
+    draw = Drawn.draw
+    monkeypatch.setattr(Drawn, "draw", lambda self, clients: calls.append(len(clients)) or draw(self, clients))
+    problem.class_counts()
+    assert calls == [100] * 10
+
+
 def test_clients_without_examples_neither_move_nor_count() -> None:
     problem = PROBLEMS[4]
     empty = np.flatnonzero(problem.samples == 0)
@@ -268,6 +295,13 @@ def test_least_squares_refuses_what_has_no_optimum_and_what_cannot_be_held() -> 
     for key, value in wrong.items():
         with pytest.raises(ConfigError, match=f"^{key}={value}: "):
             LeastSquares(**{key: value})  # type: ignore[arg-type]
+    for key in ("shift", "variance_low", "variance_high", "noise", "spread", "l2"):
+        with pytest.raises(ConfigError, match=f"^{key}=1e\\+200: must be a number .*<= 1e\\+0"):
+            LeastSquares(**{key: 1e200})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^problem\.variance_low=1e-310: the optimum is too far away"):
+        squares(variance_low=1e-310, variance_high=1e-310, shift=0)
+    widest = dict.fromkeys(("shift", "variance_low", "variance_high", "noise", "spread"), 1e6)
+    assert np.isfinite(list(squares(50, l2=1e9, **widest).evaluate(torch.ones(7).double()).values())).all()
 
 
 def test_logistic_refuses_what_it_cannot_use() -> None:
@@ -277,6 +311,36 @@ def test_logistic_refuses_what_it_cannot_use() -> None:
     wide = Dataset(torch.ones(2, 5000), torch.tensor([0, 1]), torch.ones(2, 5000), torch.tensor([0, 1]), 2, "wide")
     with pytest.raises(ConfigError, match="wide has 5000 features, allowed: 4096"):
         logistic(1, data=wide)
+    many = Dataset(
+        torch.zeros(1).expand(10**6, 600), torch.zeros(10**6).long(), torch.ones(1, 600), torch.tensor([1]), 2
+    )
+    with pytest.raises(ConfigError, match=r"^problem: the features of data take 4\.5 GB; at most 4 GB can be held$"):
+        logistic(1, data=many)
+
+
+@pytest.mark.parametrize("problem", ["logistic", "classification"])
+def test_a_partition_that_leaves_nobody_an_example_is_refused(problem: str) -> None:
+    make = {"logistic": LogisticRegression, "classification": Classification}[problem]
+    for partition in (Size(sizes=[0, 0, 0]), Size(fractions=[1e-9, 0, 1e-9])):
+        with pytest.raises(ConfigError, match=r"^partition: no client holds an example; clients=3 could share \d+ "):
+            make(labelled(), partition=partition).prepare(3, Randomness(0))
+    make(labelled(), partition=Size(sizes=[0, 0, 1])).prepare(3, Randomness(0))
+
+
+def test_the_bias_is_no_feature_to_sort_by() -> None:
+    assert logistic(partition=Continuous(feature=5)).samples.sum() == 120
+    with pytest.raises(ConfigError, match=r"^partition\.feature=6: an example has no such position$"):
+        logistic(partition=Continuous(feature=6))
+
+
+def test_the_hessian_is_the_same_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = logistic()
+    x = problem.optimum + 0.1
+    h, odds = problem.train_h.numpy(), 1 / (1 + np.exp(-(problem.train_h @ x).numpy()))
+    expected = (h.T * (odds * (1 - odds) / len(h))) @ h + 0.05 * np.eye(7)
+    for rows in (4096, 50, 1):
+        monkeypatch.setattr("fedsim.problems.logistic.ROWS", rows)
+        np.testing.assert_allclose(problem.hessian(x), expected, rtol=1e-12)
 
 
 # ---- what federated averaging makes of them ------------------------------------------------------

