@@ -187,8 +187,7 @@ def _assemble(
     randomness = Randomness(whole("seed", seed))
     problem.prepare(clients, randomness)
     system.prepare(clients, randomness, problem.class_counts)
-    for rule in strategy.jobs.values():
-        rule.check(clients)
+    strategy.check(clients)
     if stop.target is not None:
         check_target(problem, stop.target, eval_every)
     results = clients if strategy.everybody else min(cohort, clients)

@@ -79,8 +79,7 @@ class Assembly:
             raise ConfigError(f"problem={self.choices.get('problem')}: {type(self.problem).__name__} is no Problem")
         if not isinstance(self.strategy, Strategy):
             raise ConfigError(f"strategy={self.choices.get('strategy')}: {type(self.strategy).__name__} is no Strategy")
-        for rule in self.strategy.jobs.values():
-            rule.check(self.clients)
+        self.strategy.check(self.clients)
         if self.stop.target is not None:
             check_target(self.problem, self.stop.target, self.eval_every)
         check_client_evaluation(self.problem, self.client_eval_every, self.eval_every)

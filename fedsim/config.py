@@ -248,7 +248,8 @@ def build(node: Any, path: str, **objects: Any) -> Any:
     try:
         return target(**settings, **given)
     except ConfigError as error:
-        raise ConfigError(f"{path}.{error}") from None
+        elsewhere = str(error).partition(".")[0] in GROUPS  # a strategy may find fault with its local rule
+        raise ConfigError(str(error) if elsewhere else f"{path}.{error}") from None
 
 
 def locate(dotted: str, key: str) -> Any:

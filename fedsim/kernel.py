@@ -25,13 +25,14 @@ def to_ns(seconds: float) -> int:
     return round(seconds * NS)
 
 
-def whole_periods(seconds: NDArray[np.float64], period: float) -> NDArray[np.int64]:
-    """How many periods each of these spans takes, rounded up, counted in whole nanoseconds.
+def whole_periods(seconds: float | NDArray[np.float64], period: float) -> NDArray[np.int64]:
+    """How many periods each span takes, rounded up, counted in whole nanoseconds.
 
     As floats 2.1 s are 7.000000000000001 periods of 0.3 s, which rounds up to 8.
     """
     spans = np.rint(np.asarray(seconds) * NS).astype(np.int64)
-    return -(-spans // to_ns(period))
+    periods: NDArray[np.int64] = -(-spans // to_ns(period))
+    return periods
 
 
 class Phase(IntEnum):

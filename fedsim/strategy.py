@@ -40,6 +40,15 @@ class Strategy:
     def __init__(self, local: LocalSGD | None = None) -> None:
         self.jobs = {"train": local if local is not None else LocalSGD()}
 
+    def check(self, clients: int) -> None:
+        """Refuse settings that do not fit a population of ``clients``, before anything is written.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+        for rule in self.jobs.values():
+            rule.check(clients)
+
     def start(self, fed: Federation) -> None:
         """Time 0, before anything else."""
 
@@ -267,6 +276,7 @@ class Peers(Strategy):
         models: ``[clients, d]``, the nodes' models.
         replies: what has been trained since the last round ended.
         mixing: whether a gossip step is under way.
+        gossip_steps: how many have been begun.
     """
 
     everybody = True
@@ -277,6 +287,12 @@ class Peers(Strategy):
         self.models: Tensor
         self.replies: list[Reply] = []
         self.mixing = False
+        self.gossip_steps = 0
+
+    def check(self, clients: int) -> None:
+        """Refuse a topology, too, that does not fit."""
+        super().check(clients)
+        self.topology.check(clients)
 
     def start(self, fed: Federation) -> None:
         """All nodes start from one model."""
@@ -311,7 +327,8 @@ class Peers(Strategy):
 
     def mix(self, fed: Federation, models: Tensor) -> None:
         """Begin a gossip step of ``models [clients, d]``: ``on_exchange`` gets ``W @ models``."""
-        fed.exchange(models, self.topology.mixing_matrix(fed.clients, fed.rng("topology", fed.version)))
+        fed.exchange(models, self.topology.mixing_matrix(fed.clients, fed.rng("topology", self.gossip_steps)))
+        self.gossip_steps += 1
         self.mixing = True
 
     def complete(self, fed: Federation, models: Tensor) -> None:

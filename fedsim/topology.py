@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.checks import whole
+from fedsim.checks import ConfigError, whole
 from fedsim.rng import Draw
 
 Adjacency = NDArray[np.bool_]
@@ -34,6 +34,13 @@ class Topology(ABC):
             draw: the randomness of this gossip step, for graphs that are drawn.
         """
         return metropolis(self.adjacency(nodes, draw))
+
+    def check(self, nodes: int) -> None:  # noqa: B027 - most graphs fit any number of nodes
+        """Refuse settings that do not fit so many nodes.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
 
     @abstractmethod
     def adjacency(self, nodes: int, draw: Draw) -> Adjacency:
@@ -105,6 +112,11 @@ class Random(Topology):
 
     def __init__(self, degree: int = 4) -> None:
         self.degree = whole("degree", degree, least=1)
+
+    def check(self, nodes: int) -> None:
+        """Refuse a degree that is not below the number of nodes."""
+        if self.degree >= nodes > 1:
+            raise ConfigError(f"topology.degree={self.degree}: must be below clients={nodes}, or take topology=full")
 
     def adjacency(self, nodes: int, draw: Draw) -> Adjacency:
         """A cycle for every two neighbours, and a matching for the odd one."""

@@ -7,7 +7,8 @@ State       d on every node (its model)
 Traffic     1 d along every directed edge per round; nothing to or from a server
 Defaults    a ring, as in the paper's experiments, with Metropolis weights
 Departures  none. A node that is offline or whose gradient is lost mixes without a step; a round lasts as long as the
-            slowest node's gradient or the slowest link, whichever is longer.
+            slowest node's gradient or the slowest link, whichever is longer. Of the local rule the rate, the batch
+            size, clipping and weight decay count; epochs do not, and momentum, fresh in every task, has no effect.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from fedsim import (
     LocalSGD,
     Reply,
     Strategy,
+    Task,
     Timer,
     expected_seconds,
     idle_with_data,
@@ -46,22 +47,32 @@ class FedFix(Strategy):
         self.period = optional_seconds("period", period, least=1e-9)
         self.weighting = one_of("weighting", weighting, ("samples", "uniform"))
         self.server_lr = number("server_lr", server_lr, above=0)
-        self.steps = 0
         self.arrived: list[Reply] = []
+        self.due = False
 
     def start(self, fed: Federation) -> None:
-        """d_i = ceil(tau_i / Dt) p_i, in whole nanoseconds; everybody gets the first model."""
+        """d_i = ceil(tau_i / Dt) p_i, in whole nanoseconds."""
         tau = expected_seconds(fed, self.jobs["train"])
-        self.Dt = round(self.period or float(tau.max()) / 2, 9)
+        slowest = float(tau[fed.samples > 0].max(initial=0.0))
+        self.Dt = max(round(self.period or slowest / 2, 9), 1e-9)
         self.d = (whole_periods(tau, self.Dt) * objective_weights(fed.samples, self.weighting)).tolist()
-        fed.timer(0.0)
+
+    def on_online(self, fed: Federation, client: int) -> None:
+        """It gets a model at the next step."""
+        self._await_step(fed)
+
+    def on_lost(self, fed: Federation, task: Task, why: str) -> None:
+        """Its client gets a new model at the next step."""
+        self._await_step(fed)
 
     def on_reply(self, fed: Federation, reply: Reply) -> None:
-        """The client waits."""
+        """The client waits for the next step."""
         self.arrived.append(reply)
+        self._await_step(fed)
 
     def on_timer(self, fed: Federation, timer: Timer) -> None:
         """x <- x + eta_g sum_{i in A} d_i Delta_i; who is idle gets the new model."""
+        self.due = False
         if self.arrived:
             step = weighted_sum(
                 [each["delta"] for each in self.arrived], [self.d[each.client] for each in self.arrived]
@@ -69,5 +80,9 @@ class FedFix(Strategy):
             fed.publish(fed.model + self.server_lr * step, used=self.arrived)
             self.arrived = []
         fed.dispatch(idle_with_data(fed))
-        self.steps += 1
-        fed.timer(self.steps * self.Dt)
+
+    def _await_step(self, fed: Federation) -> None:
+        """Of the steps at 0, Dt, 2 Dt, ... only those count at which somebody waits: the next one, perhaps now."""
+        if not self.due:
+            self.due = True
+            fed.timer(max(int(whole_periods(fed.now, self.Dt)) * self.Dt, fed.now))

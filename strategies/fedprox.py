@@ -49,7 +49,7 @@ class FedProx(Synchronous):
     def local_steps(self, fed: Federation, clients: NDArray[np.int64]) -> NDArray[np.int64]:
         """U{1, ..., all} for stragglers."""
         steps = self.jobs["train"].local_steps(clients, fed.samples[clients])
-        late, share = fed.rng("partial work", fed.version, clients).uniform(2).T
+        late, share = fed.rng("partial work", self.round.number, clients).uniform(2).T
         return np.where(late < self.partial, np.ceil(share * steps), steps).astype(np.int64)
 
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:

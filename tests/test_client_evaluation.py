@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from examined import PARTS, by_hand, logits, parts_of, prepared, problem
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support import Given, Hooks, apply, simulate
 
 import fedsim
 from fedsim.cli import main
-from fedsim.data import Dataset, Dirichlet, Iid, Sampled
+from fedsim.data import Dirichlet, Iid, Sampled
 from fedsim.problems.client_split import ClientSplit
 from fedsim.problems.models import Logistic
 from fedsim.rng import Randomness
@@ -24,35 +25,6 @@ from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedbuff import FedBuff
 from fedsim.system.compute import Lognormal
 from fedsim.system.faults import Faults
-
-PARTS = ("training", "test", "validation")
-
-
-def points(n=300, classes=5, seed=0):
-    """Examples around one centre per class, the first 60 of them for the test."""
-    rng = np.random.default_rng(seed)
-    labels = torch.from_numpy(rng.integers(classes, size=n + 60))
-    centres = torch.from_numpy(rng.normal(size=(classes, 6)))
-    x = (centres[labels] + torch.from_numpy(rng.normal(size=(n + 60, 6)))).float()
-    return Dataset(x[60:], labels[60:], x[:60], labels[:60], classes)
-
-
-POINTS = points()
-
-
-def problem(partition=None, data=POINTS, **settings):
-    return fedsim.Classification(data, Logistic(), partition or Dirichlet(alpha=0.3), **settings)
-
-
-def prepared(clients=20, seed=0, **settings):
-    made = problem(**settings)
-    made.prepare(clients, Randomness(seed))
-    return made
-
-
-def parts_of(made, client):
-    return {part: made.part_rows(np.array([client]), part).tolist() for part in PARTS}
-
 
 # ---- which examples are kept apart ---------------------------------------------------------------
 
@@ -170,22 +142,6 @@ def counted(spread, drawn):
 
 
 # ---- how a model does on them --------------------------------------------------------------------
-
-
-def logits(x, images):
-    """Logistic regression by hand, the weights ``[5, 6]`` first."""
-    return images @ x[:30].reshape(5, 6).T + x[30:]
-
-
-def by_hand(made, x, client, part):
-    """Mean cross-entropy and share of right answers in float64; NaN of none."""
-    rows = parts_of(made, client)[part]
-    scores = logits(x.double(), made.train_x[rows].double()).numpy()
-    labels = made.train_y[rows].numpy()
-    if not rows:
-        return np.nan, np.nan
-    losses = np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(len(rows)), labels]
-    return losses.mean(), (scores.argmax(axis=1) == labels).mean()
 
 
 @pytest.mark.parametrize(
@@ -476,70 +432,3 @@ def test_with_few_classes_per_client_own_models_beat_the_global_one_on_own_data(
     assert last.own_client_accuracy > last.client_accuracy + 0.05
     assert last.client_accuracy > 0.5
     assert last.own_client_accuracy_worst > last.client_accuracy_worst
-
-
-# ---- many models at once -------------------------------------------------------------------------
-
-
-class Nodes(FedAvg):
-    """Shows a stack of models beside the global one."""
-
-    def __init__(self, name, nodes):
-        super().__init__(fedsim.LocalSGD(lr=0.1))
-        self.name, self.nodes = name, nodes
-
-    def views(self, fed):
-        return {"global": fed.model, self.name: self.nodes}
-
-
-@pytest.mark.parametrize(("name", "label"), [("nodes", "consensus"), ("edges", "edges_consensus")])
-def test_a_stack_of_models_is_evaluated_row_by_row(name, label):
-    nodes = torch.from_numpy(np.random.default_rng(1).normal(size=(13, 35))).float()
-    made = problem()
-    run = simulate(Nodes(name, nodes), fedsim.Stop(rounds=1), made, clients=8, cohort=2)
-    rows = pd.DataFrame([made.evaluate(each) for each in nodes])
-    last = run.metrics.iloc[-1]
-    for metric in ("loss", "accuracy", "val_loss", "val_accuracy"):
-        assert last[f"{name}_{metric}"] == pytest.approx(rows[metric].mean(), rel=1e-12)
-    for metric in ("accuracy", "val_accuracy"):
-        assert last[f"{name}_{metric}_std"] == pytest.approx(rows[metric].std(ddof=0), rel=1e-9)
-        assert last[f"{name}_{metric}_worst"] == pytest.approx(rows[metric].nsmallest(2).mean(), rel=1e-12)
-    assert f"{name}_loss_std" not in last
-    assert last[label] == pytest.approx(((nodes - nodes.mean(dim=0)) ** 2).sum(dim=1).mean().item(), rel=1e-5)
-    assert last.accuracy == made.evaluate(made.layout.join(run.model))["accuracy"]
-
-
-def test_consensus_of_points_on_a_line_has_a_closed_form():
-    # x_i = (i, ..., i) in d dimensions, i = 0 .. k-1: d (k^2 - 1) / 12.
-    nodes = torch.arange(7.0, dtype=torch.float64)[:, None].repeat(1, 10)
-    run = simulate(Nodes("nodes", nodes), fedsim.Stop(rounds=1), fedsim.Quadratic(), clients=7, cohort=7)
-    assert run.metrics.consensus.tolist() == [pytest.approx(10 * 48 / 12, rel=1e-14)] * 2
-    equal = simulate(Nodes("nodes", nodes[:1].repeat(5, 1)), fedsim.Stop(rounds=1), fedsim.Quadratic(), clients=7)
-    assert equal.metrics.consensus.tolist() == [0.0, 0.0]
-
-
-def test_a_strategy_may_say_what_the_clients_own_models_are_and_need_no_global_one():
-    models = torch.from_numpy(np.random.default_rng(2).normal(size=(8, 35))).float()
-
-    class Peers(Nodes):
-        def views(self, fed):
-            return {"nodes": self.nodes}
-
-        def own_models(self, fed):
-            return {client: self.nodes[client] for client in range(7)}
-
-    run = simulate(
-        Peers("nodes", models),
-        fedsim.Stop(rounds=1),
-        problem(client_test=0.3),
-        clients=8,
-        cohort=2,
-        client_eval_every=1,
-    )
-    made = prepared(8, client_test=0.3)
-    for client in range(8):
-        accuracy = by_hand(made, models[client], client, "test")[1] if client < 7 else np.nan
-        assert run.clients.own_accuracy[client] == pytest.approx(accuracy, nan_ok=True)
-    final = made.layout.join(run.model)
-    assert run.clients.accuracy.tolist() == [by_hand(made, final, client, "test")[1] for client in range(8)]
-    assert {"nodes_accuracy", "consensus", "client_accuracy", "own_client_accuracy"} <= set(run.metrics)

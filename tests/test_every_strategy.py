@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import Scripted
 
 import fedsim
 from fedsim.assemble import Assembly
@@ -98,6 +99,20 @@ def test_a_run_that_is_stopped_three_times_ends_with_the_same_bits(name: str, tm
     assert hashes(parts) == hashes(whole)
     assert (parts / "summary.json").read_text() == (whole / "summary.json").read_text()
     assert 0 == began[0] < began[1] < began[2] < done.summary["time"]  # each time it went on, none began anew
+
+
+# ---- nobody there --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_to_which_nobody_comes_says_so(name: str, tmp_path: Path) -> None:
+    leaving = [(2.5, client, False) for client in range(12)]
+    for number, presence in enumerate((Scripted(absent=tuple(range(12))), Scripted(*leaving))):
+        settings = [f"strategy={name}", *LIVELY, "problem=quadratic", "faults=none", f"out={tmp_path / str(number)}"]
+        assembly = Assembly(*compose_run([*settings, "compute=constant", "compute.mean=1"], Path(__file__).parent))
+        assembly.system.availability = presence
+        with pytest.raises(fedsim.SimulationError, match="nothing is left to happen at"):
+            assembly.run()
 
 
 @pytest.fixture(scope="module")

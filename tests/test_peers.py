@@ -13,6 +13,7 @@ from support import Given, Scripted
 
 import fedsim
 from fedsim.checks import ConfigError
+from fedsim.cli import main
 from fedsim.rng import Randomness
 from fedsim.simulation import Simulation
 from fedsim.strategies.dfedavg import DFedAvg
@@ -317,3 +318,15 @@ def test_settings_that_contradict_the_method_are_refused() -> None:
         DFedAvgM(fedsim.LocalSGD(momentum=0.5))
     with pytest.raises(ConfigError, match="degree=0: must be a whole number >= 1"):
         Random(0)
+
+
+def test_mistakes_on_the_command_line_name_the_key(capsys: Any) -> None:
+    for arguments, line in (
+        ("strategy=dpsgd local.steps=3", "fedsim: local.steps=3: D-PSGD makes one local step per round; leave it out"),
+        (
+            "strategy=dfedavg topology=random topology.degree=2000000000 clients=10",
+            "fedsim: topology.degree=2000000000: must be below clients=10, or take topology=full",
+        ),
+    ):
+        assert main(["run", *arguments.split()]) == 2
+        assert capsys.readouterr().err.strip() == line

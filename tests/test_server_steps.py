@@ -12,6 +12,7 @@ from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategies.fedavgm import FedAvgM
 from fedsim.strategies.fedprox import FedProx
 from fedsim.strategies.fedyogi import FedYogi
+from fedsim.system.compute import Constant
 
 LOCAL = fedsim.LocalSGD(lr=0.1, steps=3)
 ROUNDS = 12
@@ -165,3 +166,14 @@ def test_resumes_with_its_memory(name, tmp_path):
     resumed = run(make(), out=tmp_path / "run", checkpoint=often, resume=True)
     assert "resumed at" in (tmp_path / "run/run.log").read_text()
     assert hashes(resumed) == hashes(run(make()))
+
+
+def test_stragglers_are_drawn_anew_after_a_round_without_a_result() -> None:
+    """All run a random part of ten steps of a second, and the round closes after 3.5: many come to nothing."""
+    strategy = FedProx(fedsim.LocalSGD(lr=0.1, steps=10), partial=1.0, deadline=3.5)
+    system, stop = fedsim.System(Constant(mean=1.0)), fedsim.Stop(rounds=20)
+    run = fedsim.simulate(strategy, fedsim.Quadratic(3), system, stop=stop, clients=2, cohort=2)
+    assert run.summary["round"] == 20
+    steps = run.events.groupby("dispatched").steps.apply(tuple)
+    assert len(set(steps)) > len(steps) / 4
+    assert (steps.map(min) > 3).any()  # such a round came to nothing

@@ -147,6 +147,33 @@ def test_fedfix_with_tiny_steps_is_asynchronous_fedavg() -> None:
     np.testing.assert_allclose(fixed.model["x"], free.model["x"], rtol=1e-9)
 
 
+def test_a_step_at_which_nobody_waits_costs_nothing() -> None:
+    """A million steps of the server, of which those count at which somebody has come."""
+    rule = fedsim.LocalSGD(lr=0.02, steps=1)
+    pace = (1 / np.array(SECONDS)).sum()
+    fixed = run(FedFix(rule, 1e-5, server_lr=1e-5 * pace), time_limit=10.0)
+    free = run(AsyncFedAvg(rule), time_limit=10.0)
+    np.testing.assert_allclose(fixed.model["x"], free.model["x"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("method", [AsyncFedAvg, FedFix])
+def test_the_servers_rate_scales_every_step(method: Any) -> None:
+    whole, half = (run(method(OneHot(steps=1), server_lr=rate), time_limit=9.0) for rate in (1.0, 0.5))
+    np.testing.assert_allclose(half.model["x"], whole.model["x"] / 2, rtol=1e-12)
+    assert whole.model["x"].min() > 0
+
+
+def test_the_default_period_leaves_out_who_has_no_data() -> None:
+    class Two(Untrained):
+        def prepare(self, clients: int, randomness: Randomness) -> None:
+            super().prepare(clients, randomness)
+            self.samples = np.array([0, 30, 20])  # the slowest has nothing
+
+    strategy = FedFix(OneHot(steps=1))
+    run(strategy, clients=3, time_limit=1.0, problem=Two)
+    assert strategy.Dt == 0.25
+
+
 # ---- by hand -----------------------------------------------------------------------------------------
 
 

@@ -156,10 +156,13 @@ def _of_clients(columns: Columns) -> dict[str, float]:
     """Metrics over the clients that keep examples; one without a model of its own counts with the global one."""
     values: Columns = {}
     for name, column in columns.items():
+        metric = name.rpartition("_")[2]
         shared = name.removeprefix("own_")
-        own = "own_" if shared != name else ""
-        column = np.where(np.isnan(column), columns[shared], column)
-        values[f"{own}client_{shared}"] = column[~np.isnan(column)]
+        # A loss is NaN where a model has diverged too; an accuracy only where there is nothing to evaluate.
+        known = ~np.isnan(columns[name.removesuffix(metric) + "accuracy"])
+        keeps = ~np.isnan(columns[shared.removesuffix(metric) + "accuracy"])
+        column = np.where(known, column, columns[shared])
+        values[f"{'own_' if shared != name else ''}client_{shared}"] = column[keeps]
     return _summary(values)
 
 

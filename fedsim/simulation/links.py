@@ -176,7 +176,10 @@ class Links:
 
 
 def _among_online(mixing_matrix: Tensor, online: NDArray[np.bool_]) -> Tensor:
-    """Move the weight of edges that touch an offline node to the diagonal: rows (and columns) still sum to 1."""
+    """Move the weight of edges that touch an offline node to the diagonal: rows still sum to what they did.
+
+    So do columns if the matrix is symmetric, and then the mean is kept.
+    """
     here = torch.from_numpy(online.copy())
     usable = here[:, None] & here[None, :] | torch.eye(len(here), dtype=torch.bool)
     kept = torch.where(usable, mixing_matrix, 0)
