@@ -3,7 +3,8 @@
 A pickle is a program: it may name any function of any module and call it. This reader knows six names only, those by
 which NumPy's numbers and arrays are written, and puts functions of its own in their places; NumPy's own would take the
 file's word for what an array's memory holds. Everything else that is named is refused, so what comes out are dicts,
-lists, tuples, sets, numbers, strings, bytes and arrays of numbers.
+lists, tuples, sets, numbers, strings, bytes and arrays of numbers. Nothing the file says is run, but a crafted file can
+still ask for much memory, more than it is long.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from fedsim import LocalSGD, Stop
 from fedsim.app import simulate
 from fedsim.checks import ConfigError
 from fedsim.cli import main
-from fedsim.data.partitions import Continuous, Dirichlet, Drawn, Iid, Partition, Sampled, Size, Table
+from fedsim.data.partitions import Continuous, Dirichlet, Drawn, Iid, Natural, Partition, Sampled, Size, Table
 from fedsim.data.sources import Dataset
 from fedsim.data.tabular import Adult, BreastCancer
 from fedsim.problems.classification import Classification
@@ -192,13 +192,13 @@ def test_more_classes_are_odd_against_even() -> None:
 def test_class_counts_are_those_of_the_clients_taken_one_by_one(
     partition: Partition, kept: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = Classification(labelled(classes=4), partition=partition, client_test=kept)
+    problem = Classification(labelled(700, 4), partition=partition, client_test=kept)
     problem.prepare(230, Randomness(3))
     expected = [np.bincount(problem.examples(client)[1], minlength=4).tolist() for client in range(230)]
     assert problem.class_counts().tolist() == expected
     monkeypatch.setattr("fedsim.problems.base.EXAMPLES", 20)
     assert problem.class_counts().tolist() == expected
-    other = logistic(230, data=labelled(classes=4), partition=partition)
+    other = logistic(230, data=labelled(700, 4), partition=partition)
     rows = [other.spread.of(client) for client in range(230)]
     assert other.class_counts().tolist() == [np.bincount(other.labels[each], minlength=4).tolist() for each in rows]
 
@@ -304,18 +304,18 @@ def test_least_squares_refuses_what_has_no_optimum_and_what_cannot_be_held() -> 
     assert np.isfinite(list(squares(50, l2=1e9, **widest).evaluate(torch.ones(7).double()).values())).all()
 
 
-def test_logistic_refuses_what_it_cannot_use() -> None:
+def test_logistic_refuses_what_it_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in {"l2": 0, "weighting": "equal", "data": 3, "partition": 3}.items():
         with pytest.raises(ConfigError, match=f"^{key}={value}: "):
             LogisticRegression(**{key: value})  # type: ignore[arg-type]
     wide = Dataset(torch.ones(2, 5000), torch.tensor([0, 1]), torch.ones(2, 5000), torch.tensor([0, 1]), 2, "wide")
     with pytest.raises(ConfigError, match="wide has 5000 features, allowed: 4096"):
         logistic(1, data=wide)
-    many = Dataset(
-        torch.zeros(1).expand(10**6, 600), torch.zeros(10**6).long(), torch.ones(1, 600), torch.tensor([1]), 2
-    )
-    with pytest.raises(ConfigError, match=r"^problem: the features of data take 4\.5 GB; at most 4 GB can be held$"):
-        logistic(1, data=many)
+    monkeypatch.setattr("fedsim.problems.logistic.MOST_ENTRIES", (120 + 50) * 7)
+    logistic(1)
+    monkeypatch.setattr("fedsim.problems.logistic.MOST_ENTRIES", (120 + 50) * 7 - 1)
+    with pytest.raises(ConfigError, match=r"^problem: the features of data take 0\.0 GB; at most 4 GB can be held$"):
+        logistic(1)
 
 
 @pytest.mark.parametrize("problem", ["logistic", "classification"])
@@ -325,6 +325,14 @@ def test_a_partition_that_leaves_nobody_an_example_is_refused(problem: str) -> N
         with pytest.raises(ConfigError, match=r"^partition: no client holds an example; clients=3 could share \d+ "):
             make(labelled(), partition=partition).prepare(3, Randomness(0))
     make(labelled(), partition=Size(sizes=[0, 0, 1])).prepare(3, Randomness(0))
+
+
+def test_too_few_natural_clients_say_that_validation_takes_examples() -> None:
+    data = labelled()
+    alone = Dataset(data.train_x, data.train_y, data.test_x, data.test_y, 2, "alone", torch.arange(120))
+    problem = Classification(alone, partition=Natural(), validation=0.1)
+    with pytest.raises(ConfigError, match=r"^clients=120: partition=natural has 108 .*problem\.validation keeps ex"):
+        problem.prepare(120, Randomness(0))
 
 
 def test_the_bias_is_no_feature_to_sort_by() -> None:

@@ -23,7 +23,10 @@ from fedsim.data.formats import (
     read_leaf,
     read_packaged_csv,
 )
-from fedsim.data.sources import Dataset, fixed_split, moments, standardised
+from fedsim.data.sources import Dataset, fixed_split, moments, standardise_bytes
+
+CIFAR_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+"""CIFAR-10's files, those for training first; the binary version's end in ``.bin``."""
 
 
 class IdxImages:
@@ -124,7 +127,7 @@ class Cifar10:
             None looks in ``./data``.
 
     Raises:
-        ConfigError: if there are no such files; from :meth:`load` if they cannot be read.
+        ConfigError: if there are no such files; from :meth:`load` if they cannot be read, or are of both versions.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -135,16 +138,26 @@ class Cifar10:
 
     def load(self) -> Dataset:
         """The images and their labels, training batches in order."""
-        parts = [self._batch(f"data_batch_{number}") for number in range(1, 6)]
-        test, test_y = self._batch("test_batch")
+        binary = self._is_binary()
+        *parts, (test, test_y) = [
+            read_cifar_binary(Path(self.path, f"{name}.bin")) if binary else read_cifar_pickle(Path(self.path, name))
+            for name in CIFAR_BATCHES
+        ]
         train_x, test_x = standardised_by_channel(np.concatenate([images for images, _ in parts]), test)
         return _dataset(
             f"data.path={self.path}", train_x, np.concatenate([labels for _, labels in parts]), test_x, test_y
         )
 
-    def _batch(self, name: str) -> tuple[Bytes, Bytes]:
-        pickled = Path(self.path, name)
-        return read_cifar_pickle(pickled) if pickled.is_file() else read_cifar_binary(Path(self.path, f"{name}.bin"))
+    def _is_binary(self) -> bool:
+        """Whether the folder holds the binary version."""
+        there = [f"{name}{end}" for end in ("", ".bin") for name in CIFAR_BATCHES]
+        there = [name for name in there if Path(self.path, name).is_file()]
+        binary = [name.endswith(".bin") for name in there]
+        if any(binary) and not all(binary):
+            raise ConfigError(
+                f"data.path={self.path}: mixes both versions of CIFAR-10 ({there[0]} and {there[-1]}); keep one of them"
+            )
+        return any(binary)
 
 
 class Femnist:
@@ -258,7 +271,10 @@ def standardised_by_channel(train: Bytes, test: Bytes) -> tuple[Tensor, Tensor]:
     known = [moments(train[:, channel]) for channel in range(train.shape[1])]
 
     def whole(images: Bytes) -> Tensor:
-        return torch.cat([standardised(images[:, [at]], mean, std) for at, (mean, std) in enumerate(known)], dim=1)
+        x = torch.from_numpy(images.astype(np.float32))
+        for at, (mean, std) in enumerate(known):
+            standardise_bytes(x[:, at], mean, std)
+        return x
 
     return whole(train), whole(test)
 

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from fedsim.checks import ConfigError, whole
 from fedsim.rng import Randomness
+from fedsim.vectors import all_finite
 
 EMBEDDED_MEAN = 0.2869149360
 EMBEDDED_STD = 0.3537792666
 """Mean and standard deviation of the embedded training images' grey values, scaled to [0, 1]."""
+
+AT_ONCE = 1000
+"""Images counted at once."""
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -180,7 +184,9 @@ def _read(file: Any, names: tuple[str, ...]) -> dict[str, NDArray[Any]]:
 
 def moments(images: NDArray[np.uint8]) -> tuple[float, float]:
     """Mean and standard deviation of bytes scaled to [0, 1], exactly, from how often each grey value occurs."""
-    counts = np.bincount(images.reshape(-1), minlength=256)
+    counts = np.zeros(256, dtype=np.int64)
+    for start in range(0, len(images), AT_ONCE):  # bincount makes 8 bytes of each
+        counts += np.bincount(images[start : start + AT_ONCE].reshape(-1), minlength=256)
     levels = np.arange(256) / 255.0
     mean = float(counts @ levels / images.size)
     return mean, float(np.sqrt(counts @ (levels - mean) ** 2 / images.size))
@@ -191,7 +197,14 @@ def standardised(images: NDArray[np.uint8], mean: float, std: float) -> Tensor:
     x = torch.from_numpy(images)
     if x.ndim == 3:
         x = x.unsqueeze(1)
-    return (x.float() / 255 - mean) / (std or 1.0)  # std is 0 if all images are one flat grey
+    x = x.to(torch.float32)
+    standardise_bytes(x, mean, std)
+    return x
+
+
+def standardise_bytes(x: Tensor, mean: float, std: float) -> None:
+    """Scale ``x``, float32 of any shape that holds bytes, to [0, 1], in units of ``std`` about ``mean``; in place."""
+    x.div_(255).sub_(mean).div_(std or 1.0)  # std is 0 if all images are one flat grey
 
 
 def _examples(where: str, x: Any) -> Tensor:
@@ -205,8 +218,8 @@ def _examples(where: str, x: Any) -> Tensor:
         kind = "is empty" if tensor.numel() == 0 else "must be [examples, ...]"
         raise ConfigError(f"{where} {kind}: its shape is {tuple(tensor.shape)}")
     tensor = tensor.to(torch.float32).contiguous()
-    bad = tensor.numel() - int(tensor.isfinite().sum())
-    if bad:
+    if not all_finite(tensor):
+        bad = tensor.numel() - int(tensor.isfinite().sum())
         raise ConfigError(f"{where} has {bad} values that are not finite in float32")
     return tensor
 

@@ -29,7 +29,8 @@ class Watch:
     by the training windows' mean and standard deviation. Source: Burns et al. 2018 (arXiv:1802.01489).
 
     Either one person's windows are the test set, or a fifth of each recording's: a run of neighbouring windows at a
-    place that is drawn once for all (the same in every run), and the training windows that overlap it are left out.
+    place that is drawn once for all (the same in every run), and the training windows that overlap it are left out. A
+    recording of fewer than five windows has none for testing.
 
     Args:
         width: samples in a window (20 ms each), 2 to 200.
@@ -74,6 +75,8 @@ class Watch:
         if self.held_out is not None:
             return np.full(windows, subject == self.held_out), np.full(windows, subject != self.held_out)
         tested = windows // TEST_PART
+        if not tested:
+            return np.zeros(windows, dtype=np.bool_), np.ones(windows, dtype=np.bool_)
         first = int(Randomness(0)("watch test", recording).integers(windows - tested + 1))
         last = first + tested - 1
         start = np.arange(windows) * self.stride

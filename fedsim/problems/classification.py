@@ -15,19 +15,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.checks import ConfigError, number
-from fedsim.data.partitions import Divided, Drawn, Iid, Partition, Table
+from fedsim.data.partitions import Divided, Iid, Partition, Table
 from fedsim.data.sources import Dataset, Embedded, Source
-from fedsim.problems.base import Problem
+from fedsim.problems.base import CLIENTS, Problem, count_classes
 from fedsim.problems.client_split import PARTS, ClientSplit
-from fedsim.problems.models import Mlp, Model
+from fedsim.problems.models import CheckedModel, Mlp, Model
 from fedsim.rng import Randomness
 from fedsim.vectors import Layout
 
 CHUNK = 500
 """Examples evaluated at once: enough to keep a core busy, few enough for a convolution's memory."""
-
-CLIENTS = 100
-"""Clients whose own examples are looked up at once: drawn together they cost a tenth of what they do one by one."""
 
 
 @contextmanager
@@ -106,8 +103,9 @@ class Classification(Problem):
 
     Args:
         data: a source, or a data set already loaded; the embedded images unless given.
-        model: a builder (``build(shape, classes)``), a ``torch.nn.Module``, which is copied and whose weights
-            are the initial model, or a function without arguments that makes one; :class:`Mlp` unless given.
+        model: a builder (``build(shape, classes)``, and ``check(data)`` if it cannot take all data), a
+            ``torch.nn.Module``, which is copied and whose weights are the initial model, or a function without
+            arguments that makes one; :class:`Mlp` unless given.
         partition: how training examples are spread; :class:`Iid` unless given.
         validation: share of the training examples kept for validation, 0 to 0.5.
         client_validation: share of its own examples that each client keeps for validation, 0 to 0.5.
@@ -157,7 +155,7 @@ class Classification(Problem):
         data = self.data if isinstance(self.data, Dataset) else self.data.load()
         self.classes = data.classes
         with torch_seeded(randomness("model").torch_seed()):
-            module = self._build(data.shape)
+            module = self._build(data)
             dtype = next((each.dtype for each in module.parameters()), torch.float32)
             self.draws = _probe(module, data.train_x[:2].to(dtype), data.classes)
         self._flat = FlatModule(module)
@@ -173,12 +171,14 @@ class Classification(Problem):
         self.val_x, self.val_y = self._gathered(torch.from_numpy(self.val_rows))
         self.test_x, self.test_y = data.test_x.to(dtype), data.test_y
 
-    def _build(self, shape: tuple[int, ...]) -> nn.Module:
+    def _build(self, data: Dataset) -> nn.Module:
         """The user's module."""
         if isinstance(self.model, nn.Module):
             module = copy.deepcopy(self.model)
         elif isinstance(self.model, Model):
-            module = self.model.build(shape, self.classes)
+            if isinstance(self.model, CheckedModel):
+                self.model.check(data)
+            module = self.model.build(data.shape, self.classes)
         else:
             module = self.model()
         if not isinstance(module, nn.Module):
@@ -223,10 +223,10 @@ class Classification(Problem):
             clients: whose, ``[k]``.
             part: ``"training"``, ``"validation"`` or ``"test"``.
         """
-        ids, spread = clients.tolist(), self.spread
-        held = list(spread.draw(clients)) if isinstance(spread, Drawn) else [spread.of(client) for client in ids]
+        held = self.spread.each(clients)
         if self.client_parts:
-            held = [each[self._split.positions(client, part)] for client, each in zip(ids, held, strict=True)]
+            positions = (self._split.positions(client, part) for client in clients.tolist())
+            held = [each[mine] for each, mine in zip(held, positions, strict=True)]
         return torch.from_numpy(self.train_rows[np.concatenate(held)])
 
     def _gathered(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,11 +294,13 @@ class Classification(Problem):
 
     def class_counts(self) -> NDArray[np.int64]:
         """``[clients, classes]``: training examples of each class each client holds."""
-        counts = np.empty((self.clients, self.classes), dtype=np.int64)
         labels = self.train_y.numpy()
-        for client in range(self.clients):
-            counts[client] = np.bincount(labels[self.rows(client).numpy()], minlength=self.classes)
-        return counts
+
+        def held(clients: NDArray[np.int64]) -> NDArray[np.int64]:
+            mine: NDArray[np.int64] = labels[self.part_rows(clients, "training").numpy()]
+            return mine
+
+        return count_classes(held, self.samples, self.classes)
 
     def client_table(self) -> dict[str, NDArray[Any]]:
         """``samples``, what is kept apart (``test_samples, validation_samples``, if asked for), and ``class_0 ..

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from fedsim.vectors import Layout
 
 MOST_ENTRIES = 2**29
 """Most features of all examples together, 4 GB of them."""
+
+LARGEST = 1e6
+"""The largest scale of features, measurements and their errors: its powers stay far from what float64 can hold."""
 
 
 class LeastSquares(Problem):
@@ -41,7 +46,7 @@ class LeastSquares(Problem):
         dimension: how many parameters.
         samples_low: least examples of a client.
         samples_high: most examples of a client.
-        shift: the largest mean of a client's features.
+        shift: the largest mean of a client's features, at most 1e6, as all that follow but ``l2``, which may be 1e9.
         variance_low: least variance of a client's features.
         variance_high: largest variance of a client's features.
         noise: standard deviation of the measurements' error.
@@ -51,7 +56,7 @@ class LeastSquares(Problem):
 
     Raises:
         ConfigError: for arguments out of range; from :meth:`prepare` if the clients' examples together are too many
-            to be held, or too few to determine the optimum.
+            to be held, or too few to determine the optimum, or that is too far away to be computed with.
     """
 
     def __init__(
@@ -70,12 +75,12 @@ class LeastSquares(Problem):
         self.dimension = whole("dimension", dimension, least=1, most=4096)
         self.samples_low = whole("samples_low", samples_low, least=1, most=10**6)
         self.samples_high = whole("samples_high", samples_high, least=self.samples_low, most=10**6)
-        self.shift = number("shift", shift, least=0)
-        self.variance_low = number("variance_low", variance_low, above=0)
-        self.variance_high = number("variance_high", variance_high, least=self.variance_low)
-        self.noise = number("noise", noise, least=0)
-        self.spread = number("spread", spread, least=0)
-        self.l2 = number("l2", l2, least=0)
+        self.shift = number("shift", shift, least=0, most=LARGEST)
+        self.variance_low = number("variance_low", variance_low, above=0, most=LARGEST)
+        self.variance_high = number("variance_high", variance_high, least=self.variance_low, most=LARGEST)
+        self.noise = number("noise", noise, least=0, most=LARGEST)
+        self.spread = number("spread", spread, least=0, most=LARGEST)
+        self.l2 = number("l2", l2, least=0, most=1e9)
         self.weighting = one_of("weighting", weighting, WEIGHTINGS)
         self.target_metric = ("distance", "below")
         self.layout = Layout.flat(self.dimension)
@@ -129,7 +134,13 @@ class LeastSquares(Problem):
             slope = self.features.T @ (share * self._residuals(self.optimum)) + self.l2 * self.optimum
             self.optimum = self.optimum - torch.linalg.solve(self.hessian, slope)
         fit = float((share * self._residuals(self.optimum) ** 2).sum())
-        self._least = 0.5 * (fit + self.l2 * float((self.optimum**2).sum()))
+        distance = float((self.optimum**2).sum())
+        self._least = 0.5 * (fit + self.l2 * distance)
+        if not math.isfinite(self._least + distance):
+            raise ConfigError(
+                f"problem.variance_low={self.variance_low}: the optimum is too far away to be computed with; take "
+                "variances nearer to 1, or a larger l2"
+            )
 
     def _residuals(self, x: Tensor) -> Tensor:
         return self.features @ x - self.targets

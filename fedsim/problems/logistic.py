@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,18 @@ from torch import Tensor
 from fedsim.checks import ConfigError, number, one_of
 from fedsim.data.partitions import Divided, Iid, Partition, Table
 from fedsim.data.sources import Dataset, Embedded, Source
-from fedsim.problems.base import WEIGHTINGS, Problem, objective_weights
+from fedsim.problems.base import WEIGHTINGS, Problem, count_classes, objective_weights
 from fedsim.rng import Randomness
 from fedsim.vectors import Layout
 
 MOST_FEATURES = 4096
-"""The optimum needs a matrix of so many rows and columns: 0.1 GB, and minutes."""
+"""The optimum needs a few matrices of so many rows and columns, 0.1 GB each, and minutes."""
+
+MOST_ENTRIES = 2**29
+"""Most features of all examples together, 4 GB of them."""
+
+ROWS = 4096
+"""Examples whose part of the Hessian is computed at once."""
 
 ATTEMPTS = 100
 """Newton steps at most; a dozen is usual."""
@@ -33,7 +40,8 @@ class LogisticRegression(Problem):
     it as on the others, which makes the aim ``l2``-strongly convex. ``b_j`` is 1 for odd classes and -1 for even
     ones: with two classes that is class 1 against class 0, with ten it is the usual even against odd. float64.
     All training examples are the clients' (nothing is tuned on this, so no validation share is kept). The clients'
-    examples are looked up once, client by client, to find the optimum.
+    examples are looked up once, client by client, to find the optimum. Features take 8 bytes each, of all examples for
+    training and for testing together at most 4 GB.
 
     Attributes:
         train_h: ``[n, features + 1]``, the training examples.
@@ -75,10 +83,15 @@ class LogisticRegression(Problem):
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Load the data, spread them over ``clients`` clients and find the optimum."""
         data = self.data if isinstance(self.data, Dataset) else self.data.load()
-        self.train_h, self.test_h = _features(data.train_x), _features(data.test_x)
-        width = self.train_h.shape[1]
+        width = prod(data.shape) + 1
         if width > MOST_FEATURES + 1:
             raise ConfigError(f"problem: an example of {data.name} has {width - 1} features, allowed: {MOST_FEATURES}")
+        entries = (len(data.train_y) + len(data.test_y)) * width
+        if entries > MOST_ENTRIES:
+            raise ConfigError(
+                f"problem: the features of {data.name} take {entries / 2**27:.1f} GB; at most 4 GB can be held"
+            )
+        self.train_h, self.test_h = _features(data.train_x), _features(data.test_x)
         self.layout = Layout(("weight", "bias"), ((width - 1,), (1,)), torch.float64)
         self.labels, self.classes = data.train_y.numpy(), data.classes
         self.train_y, self.test_y = (each.remainder(2).double() for each in (data.train_y, data.test_y))
@@ -93,14 +106,14 @@ class LogisticRegression(Problem):
         ids = None if data.train_ids is None else data.train_ids.numpy()
 
         def feature(position: int) -> NDArray[np.float64]:
-            column: NDArray[np.float64] = self.train_h[:, position].numpy()
+            column: NDArray[np.float64] = self.train_h[:, :-1][:, position].numpy()  # the last is the bias's 1
             return column
 
         return Table(self.labels, self.classes, ids, feature)
 
     def _example_weights(self) -> Tensor:
         """``[n]``: how much each training example counts in the aim, in sum 1."""
-        held = np.concatenate([self.spread.of(client) for client in range(self.clients)])
+        held = np.concatenate(self.spread.each(np.arange(self.clients)))
         share = np.repeat(self.weights / np.maximum(self.samples, 1), self.samples)
         return torch.from_numpy(np.bincount(held, share, minlength=len(self.labels)))
 
@@ -130,8 +143,13 @@ class LogisticRegression(Problem):
     def hessian(self, x: Tensor) -> Tensor:
         """The aim's ``[d, d]`` at ``x [d]``."""
         odds = torch.sigmoid(self.train_h @ x)
-        curvature = (self._share * odds * (1 - odds))[:, None] * self.train_h
-        return curvature.T @ self.train_h + self.l2 * torch.eye(len(x), dtype=torch.float64)
+        curvature = (self._share * odds * (1 - odds))[:, None]
+        total = torch.zeros((len(x), len(x)), dtype=torch.float64)
+        for start in range(0, len(odds), ROWS):  # the weighted examples of all at once would be as large as the data
+            h = self.train_h[start : start + ROWS]
+            total += (curvature[start : start + ROWS] * h).T @ h
+        total.diagonal().add_(self.l2)
+        return total
 
     def _aim_gradient(self, x: Tensor) -> Tensor:
         error = torch.sigmoid(self.train_h @ x) - self.train_y
@@ -175,10 +193,11 @@ class LogisticRegression(Problem):
 
     def class_counts(self) -> NDArray[np.int64]:
         """``[clients, classes]``: training examples of each class of the data each client holds."""
-        counts = np.empty((self.clients, self.classes), dtype=np.int64)
-        for client in range(self.clients):
-            counts[client] = np.bincount(self.labels[self.spread.of(client)], minlength=self.classes)
-        return counts
+
+        def held(clients: NDArray[np.int64]) -> NDArray[np.int64]:
+            return self.labels[np.concatenate(self.spread.each(clients))]
+
+        return count_classes(held, self.samples, self.classes)
 
     def client_table(self) -> dict[str, NDArray[Any]]:
         """``samples`` and ``class_0 .. class_{classes - 1}``: how many examples of each class a client holds.
@@ -193,5 +212,7 @@ class LogisticRegression(Problem):
 
 def _features(x: Tensor) -> Tensor:
     """Examples ``[n, ...]`` as rows of float64 with a 1 behind them, ``[n, features + 1]``."""
-    flat = x.flatten(1).double()
-    return torch.cat([flat, torch.ones((len(flat), 1), dtype=torch.float64)], dim=1)
+    flat = x.flatten(1)
+    features = torch.ones((len(flat), flat.shape[1] + 1), dtype=torch.float64)
+    features[:, :-1] = flat
+    return features

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from math import prod
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from fedsim.checks import ConfigError, whole
+from fedsim.data.sources import Dataset
 
 
 @runtime_checkable
@@ -18,6 +20,19 @@ class Model(Protocol):
 
     def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
         """A new module from examples ``[n, *shape]`` to logits ``[n, classes]``."""
+        ...
+
+
+@runtime_checkable
+class CheckedModel(Model, Protocol):
+    """A model that not all data of a fitting shape suit: it may look at them before it is built."""
+
+    def check(self, data: Dataset) -> None:
+        """Refuse data that the module cannot take.
+
+        Raises:
+            ConfigError: naming what is wrong with them.
+        """
         ...
 
 
@@ -194,15 +209,34 @@ class CharLstm:
         self.hidden = whole("hidden", hidden, least=1)
         self.layers = whole("layers", layers, least=1)
 
+    def check(self, data: Dataset) -> None:
+        """Refuse examples that are no codes ``0 .. classes - 1``: others have no embedding.
+
+        Raises:
+            ConfigError: naming the first of them.
+        """
+        _check_window(data.shape)
+        for part, x in (("train_x", data.train_x), ("test_x", data.test_x)):
+            wrong = (x < 0) | (x >= data.classes) | (x != torch.floor(x))
+            if wrong.any():
+                raise ConfigError(
+                    f"model=charlstm: {part} of {data.name} holds {float(x[wrong][0]):g}; allowed are character codes, "
+                    f"whole numbers from 0 to {data.classes - 1}"
+                )
+
     def build(self, shape: tuple[int, ...], classes: int) -> nn.Module:
         """A new module from windows ``[n, length]`` of codes ``0 .. classes - 1`` to logits ``[n, classes]``.
 
         Raises:
             ConfigError: if ``shape`` is not that of a window.
         """
-        if len(shape) != 1:
-            raise ConfigError(f"model=charlstm: needs windows [length] of character codes, got {list(shape)}")
+        _check_window(shape)
         return _CharLstm(classes, self.embedding, self.hidden, self.layers)
+
+
+def _check_window(shape: tuple[int, ...]) -> None:
+    if len(shape) != 1:
+        raise ConfigError(f"model=charlstm: needs windows [length] of character codes, got {list(shape)}")
 
 
 class _CharLstm(nn.Module):

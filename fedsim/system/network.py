@@ -28,6 +28,9 @@ MOBILE_UP = (0.43, 3.3, 6.6)
 MOBILE_SIGMA = 0.6
 """Standard deviation of the logarithm, before it is cut to the range."""
 
+SLOWEST = 1e-10
+"""Bytes per second below which nothing changes: one byte takes longer than the longest span there is."""
+
 Bytes = int | NDArray[np.int64]
 """A message size in bytes: one for all, or one each ``[k]``."""
 
@@ -96,7 +99,7 @@ class Network(ABC):
 
 
 def _transfer(nbytes: Bytes, rates: NDArray[np.float64]) -> Nanoseconds:
-    return nanoseconds(nbytes / rates)
+    return nanoseconds(nbytes / np.maximum(rates, SLOWEST))
 
 
 class NoNetwork(Network):

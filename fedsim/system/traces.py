@@ -6,7 +6,7 @@ A trace is a folder with two tables:
   ``down`` and ``up`` (Mbit/s), ``period`` (s). What was not measured is no column.
 * ``presence.parquet``, there if ``period`` is: a row ``device, online, offline`` (s) per span ``[online, offline)``,
   in order of device and time, not overlapping, within ``[0, period]``. After its ``period`` a device's presence
-  begins anew; a device without a row is never online.
+  begins anew; a device without a row is never online, and there is one row at least.
 
 Other columns are not looked at. Each client is one of the devices, drawn uniformly with replacement and keyed by
 (seed, client) under one purpose: its speed, link and presence are the same device's. ``fedsim traces`` makes such
@@ -159,7 +159,10 @@ def _column(where: str, table: pa.Table, name: str, whole: bool = False) -> NDAr
     integer = pa.types.is_integer(column.type)
     if not (integer or (pa.types.is_floating(column.type) and not whole)) or column.null_count:
         raise ConfigError(f"{where}: {name} must be {'whole ' if whole else ''}numbers, none missing: {column.type}")
-    values: NDArray[Any] = np.asarray(column.to_numpy(), dtype=np.int64 if whole else np.float64)
+    read: NDArray[Any] = column.to_numpy()
+    if whole:
+        _refuse_rows(where, name, read, read > np.iinfo(np.int64).max, "whole numbers below 2^63")
+    values: NDArray[Any] = np.asarray(read, dtype=np.int64 if whole else np.float64)
     _refuse_rows(where, name, values, ~np.isfinite(values), "finite numbers")
     return values
 
@@ -173,6 +176,8 @@ def _refuse_rows(where: str, name: str, values: NDArray[Any], wrong: NDArray[np.
 def _presence(where: str, table: pa.Table, ids: NDArray[np.int64], period: NDArray[np.float64]) -> Presence:
     device = _column(where, table, "device", whole=True)
     online, offline = (_column(where, table, name) for name in ("online", "offline"))
+    if not len(device):
+        raise ConfigError(f"{where}: holds no span, so that no device would ever be online")
     row = np.minimum(np.searchsorted(ids, device), len(ids) - 1)
     _refuse_rows(where, "device", device, ids[row] != device, f"those of {DEVICES}")
     _refuse_rows(where, "device", device, np.append(False, device[1:] < device[:-1])[: len(device)], "ascending order")
@@ -347,7 +352,7 @@ class TraceAvailability(Availability):
 
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Set the states at time 0."""
-        trace = _trace(self.path, self.sha256)
+        trace = _again(self.path, self.sha256)
         presence = _presence_of(trace)
         devices = trace.of_clients(clients, randomness)
         start = np.zeros(clients, dtype=np.int64)
@@ -374,6 +379,18 @@ class TraceAvailability(Availability):
         return came, went
 
 
+def _again(path: str, sha256: str) -> Trace:
+    """The trace that presence was made of; its constructor's caller knows the key, here nobody else does.
+
+    Raises:
+        ConfigError: if it is another one now, or none.
+    """
+    try:
+        return _trace(path, sha256)
+    except ConfigError as error:
+        raise ConfigError(f"availability.{error}") from None
+
+
 def _presence_of(trace: Trace) -> Presence:
     assert trace.presence is not None
     return trace.presence
@@ -397,7 +414,7 @@ class _Replay(Switching):
         self._devices, self._start = devices, start
 
     def _first(self, ids: Ids) -> tuple[States, Nanoseconds]:
-        presence = _presence_of(_trace(self.path, self.sha256))
+        presence = _presence_of(_again(self.path, self.sha256))
         first, end = presence.first[self._devices], presence.first[self._devices + 1]
         coming = _later(presence.times, first, end, self._start)
         wraps = coming == end
@@ -407,7 +424,7 @@ class _Replay(Switching):
         return ~presence.turns_on[coming], wait
 
     def _spans(self, ids: Ids, interval: NDArray[np.int64], online: States) -> Nanoseconds:
-        presence = _presence_of(_trace(self.path, self.sha256))
+        presence = _presence_of(_again(self.path, self.sha256))
         first = presence.first[self._devices[ids]]
         count = presence.first[self._devices[ids] + 1] - first
         return presence.gaps[first + (self._coming[ids] + interval - 1) % count]

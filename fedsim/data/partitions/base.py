@@ -67,6 +67,10 @@ class Spread(ABC):
     def of(self, client: int) -> Indices:
         """``[sizes[client]]``: the positions of one client's examples; not to be written to."""
 
+    def each(self, clients: Indices) -> list[Indices]:
+        """What :meth:`of` gives for each of ``clients [k]``."""
+        return [self.of(client) for client in clients.tolist()]
+
 
 class Divided(Spread):
     """Every example with one client at most.
@@ -110,9 +114,14 @@ class Partition(ABC):  # noqa: B024 - either of two methods makes one
             Which positions in the table each client holds.
 
         Raises:
-            ConfigError: if the examples cannot be spread like this.
+            ConfigError: if the examples cannot be spread like this, or no client would hold any.
         """
-        return self.spread(table, whole("clients", clients, least=1), randomness)
+        made = self.spread(table, whole("clients", clients, least=1), randomness)
+        if not made.sizes.any():
+            raise ConfigError(
+                f"partition: no client holds an example; clients={clients} could share {len(table)} training examples"
+            )
+        return made
 
     def spread(self, table: Table, clients: int, randomness: Randomness) -> Spread:
         """What :meth:`split` returns; its arguments have been checked."""

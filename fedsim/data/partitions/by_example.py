@@ -32,7 +32,8 @@ class Natural(Partition):
         enough = np.flatnonzero(sizes >= self.minimum)
         if clients > len(enough):
             raise ConfigError(
-                f"clients={clients}: partition=natural has {len(enough)} with minimum={self.minimum} training examples"
+                f"clients={clients}: partition=natural has {len(enough)} with minimum={self.minimum} training examples "
+                "(problem.validation keeps examples back)"
             )
         chosen = enough[randomness("partition", 0).permutation(len(enough))[:clients]]
         client = np.full(len(ids), -1, dtype=np.int64)
