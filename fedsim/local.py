@@ -40,8 +40,10 @@ class Context(ABC):
             if the server accepts the result.
         lr: ``[n, 1]`` learning rates of this task.
         steps: ``[n]`` local steps of each client.
-        active: ``[n, 1]`` who is still running in the current step.
-        all_active: True promises that this is everybody, and spares the masking.
+        step: the local step it is at, from 0; -1 before the first.
+        running: how many clients have not finished in the current step: the first rows, for the stack is in order of
+            steps, the most first.
+        active: ``[n, 1]`` the same as a mask.
         clients: ``[n]`` client ids.
     """
 
@@ -50,25 +52,46 @@ class Context(ABC):
     state: dict[str, Tensor]
     lr: Tensor
     steps: NDArray[np.int64]
-    active: Tensor
-    all_active: bool = False
+    step: int = -1
+    running: int
     clients: NDArray[np.int64]
+
+    @property
+    def active(self) -> Tensor:
+        """``[n, 1]``: who has not finished."""
+        return (torch.arange(len(self.clients), device=self.lr.device) < self.running).unsqueeze(1)
 
     @abstractmethod
     def batches(self) -> Iterator[Any]:
-        """The mini-batches of each local step in turn; sets ``active``. Opaque, to be given to :meth:`grad`."""
+        """The mini-batches of each local step in turn; sets ``running``. Opaque, to be given to :meth:`grad`."""
 
     @abstractmethod
     def grad(self, x: Tensor, batch: Any = None) -> Tensor:
-        """``[n, d]`` gradients of the clients' mean losses at ``x [n, d]`` over a batch (None: all their data)."""
+        """A new ``[n, d]``: gradients of the clients' mean losses at ``x [n, d]`` over a batch (None: all their data).
+
+        Over a batch, the rows of clients that have finished are zero.
+        """
 
     @abstractmethod
     def rng(self, purpose: str) -> Draw:
         """Keyed randomness of these tasks, one key per row."""
 
+    def point(self) -> Tensor:
+        """A copy of ``start`` to train on."""
+        return self.start.clone()
+
     def freeze(self, new: Tensor, old: Tensor) -> Tensor:
         """``new`` for the clients still running, ``old`` for those that have finished."""
-        return new if self.all_active else torch.where(self.active, new, old)
+        return new if self.running == len(new) else torch.where(self.active, new, old)
+
+    def follow(self, x: Tensor, direction: Tensor) -> Tensor:
+        """A new ``[n, d]``: ``x - lr * direction``, frozen for those that have finished."""
+        return self.freeze(torch.addcmul(x, self.lr, direction, value=-1.0), x)
+
+    def descend(self, x: Tensor, batch: Any) -> None:
+        """``x <- x - lr * grad(x, batch)`` in place: a plain step, which need not make the gradient to take it."""
+        k = self.running
+        x[:k].addcmul_(self.lr[:k], self.grad(x, batch)[:k], value=-1.0)
 
 
 MOST = 10**9
@@ -192,9 +215,25 @@ class LocalSGD:
 
     def run(self, ctx: Context) -> dict[str, Tensor]:
         """Train the stack and return what travels up, each tensor ``[n, ...]``."""
-        x = ctx.start.clone()
-        velocity: Tensor | None = None
+        x = ctx.point()
         self.begin(ctx)
+        if self._is_plain():
+            for batch in ctx.batches():
+                ctx.descend(x, batch)
+        else:
+            x = self._along_direction(ctx, x)
+        if self.keep:
+            ctx.state["own"] = x
+        return self.finish(ctx, x)
+
+    def _is_plain(self) -> bool:
+        """Whether a step is nothing but ``x - lr * gradient``."""
+        own = type(self).direction is not LocalSGD.direction
+        return not (own or self.clip is not None or self.weight_decay or self.prox or self.momentum)
+
+    def _along_direction(self, ctx: Context, x: Tensor) -> Tensor:
+        """The end of the way from ``x [n, d]`` along :meth:`direction`, with all that goes into a step."""
+        velocity: Tensor | None = None
         for batch in ctx.batches():
             step = self.direction(ctx, x, batch)
             if self.clip is not None:
@@ -207,10 +246,8 @@ class LocalSGD:
             if self.momentum:
                 velocity = step if velocity is None else self.momentum * velocity + step
                 step = velocity
-            x = ctx.freeze(torch.addcmul(x, ctx.lr, step, value=-1.0), x)
-        if self.keep:
-            ctx.state["own"] = x
-        return self.finish(ctx, x)
+            x = ctx.follow(x, step)
+        return x
 
     def begin(self, ctx: Context) -> None:
         """Before the first step."""

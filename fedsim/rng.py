@@ -81,6 +81,21 @@ class Draw:
         """A random order of 0 .. n - 1 (one key only)."""
         return np.argsort(self.words(n), kind="stable").astype(np.int64)
 
+    def permutations(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A random order of ``0 .. sizes[i] - 1`` for each key ``i``, one after another, ``[sum of sizes]``.
+
+        Each is what :meth:`permutation` gives for its key alone.
+        """
+        starts = np.cumsum(sizes) - sizes
+        owner = np.repeat(np.arange(len(sizes)), sizes)
+        position = np.arange(len(owner)) - starts[owner]
+        keys = np.asarray(self.key, dtype=np.uint64)
+        words = _mix_array(keys[owner] + (position + 1).astype(np.uint64) * np.uint64(_GOLDEN))
+        if len(sizes) and sizes.min() == sizes.max():  # sorted row by row, which costs half
+            return np.argsort(words.reshape(len(sizes), -1), axis=1, kind="stable").ravel().astype(np.int64)
+        orders: NDArray[np.int64] = np.lexsort((words, owner)) - starts[owner]
+        return orders
+
     def choice(self, n: int, k: int) -> NDArray[np.int64]:
         """``k`` different integers below ``n`` in random order (one key only).
 

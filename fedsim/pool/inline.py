@@ -10,7 +10,7 @@ from fedsim.local import LocalSGD
 from fedsim.pool.base import Pool, group_setting
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
-from fedsim.training import GeneralTrainer, Result, Trainer, Work
+from fedsim.training import Result, Trainer, Work, trainer_for
 
 
 class InlinePool(Pool):
@@ -39,7 +39,7 @@ class InlinePool(Pool):
             own = copy.deepcopy(dict(jobs))
         except TypeError as error:  # a lock, an open file
             raise ConfigError(f"a local rule must be plain settings: {error}") from None
-        self._trainer = GeneralTrainer(problem, own, randomness)
+        self._trainer = trainer_for(problem, own, randomness)
 
     def submit(self, works: Sequence[Work]) -> None:
         """Train now, in groups of at most ``group``."""

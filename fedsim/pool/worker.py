@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from fedsim.pool.connection import import_ray
 from fedsim.pool.parcels import Packed, Parcel, Results
-from fedsim.training import GeneralTrainer
+from fedsim.training import Trainer, trainer_for
 
 
 class Place(NamedTuple):
@@ -28,7 +28,7 @@ class Worker:
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
-        self._trainer: GeneralTrainer | None = None
+        self._trainer: Trainer | None = None
 
     def hello(self) -> Place:
         """Say where this worker has come to be."""
@@ -45,6 +45,6 @@ class Worker:
             tensors: the shared tensors, in the parcels' places.
         """
         if self._trainer is None:
-            self._trainer = GeneralTrainer(*pickle.loads(shared.tobytes()))
+            self._trainer = trainer_for(*pickle.loads(shared.tobytes()))
         owned = [packed.unpacked() for packed in tensors]
         return Results.of(self._trainer.train([parcel.unpacked(owned) for parcel in parcels]))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.checks import one_of
+from fedsim.problems.chain import Chain
 from fedsim.rng import Randomness
 from fedsim.vectors import Layout
 
@@ -69,6 +70,10 @@ class Problem(ABC):
     @abstractmethod
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Metrics of one parameter vector, such as ``loss, accuracy, val_loss, val_accuracy``."""
+
+    def chain(self) -> Chain | None:
+        """The problem as a chain of linear layers, if it is one: whole groups are then trained without autograd."""
+        return None
 
     def evaluate_clients(self, x: Tensor, clients: NDArray[np.int64], part: str) -> dict[str, NDArray[np.float64]]:
         """Metrics of one parameter vector on each client's own examples, such as ``loss, accuracy``.

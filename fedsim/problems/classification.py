@@ -18,6 +18,7 @@ from fedsim.checks import ConfigError, number
 from fedsim.data.partitions import Divided, Iid, Partition, Table
 from fedsim.data.sources import Dataset, Embedded, Source
 from fedsim.problems.base import CLIENTS, Problem, count_classes
+from fedsim.problems.chain import Chain, layers_of
 from fedsim.problems.client_split import PARTS, ClientSplit
 from fedsim.problems.models import CheckedModel, Mlp, Model
 from fedsim.rng import Randomness
@@ -198,6 +199,14 @@ class Classification(Problem):
     def initial(self) -> Tensor:
         """A new copy of the initial model ``[d]``."""
         return self._initial.clone()
+
+    def chain(self) -> Chain | None:
+        """The module as a chain of linear layers, if it is nothing else."""
+        layers = layers_of(self._flat.module, self.layout, tuple(self.train_x.shape[1:]))
+        if layers is None:
+            return None
+        inputs = self.train_x.flatten(1)
+        return Chain(layers, "cross_entropy", inputs, self.train_y, lambda clients: self.part_rows(clients, "training"))
 
     def rows(self, client: int) -> Tensor:
         """``[samples]``: where in ``train_x`` the examples that one client trains on lie."""

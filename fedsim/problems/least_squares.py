@@ -6,10 +6,12 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.checks import ConfigError, number, one_of, whole
 from fedsim.problems.base import WEIGHTINGS, Problem, objective_weights
+from fedsim.problems.chain import Chain, Layer
 from fedsim.rng import Randomness
 from fedsim.vectors import Layout
 
@@ -155,6 +157,15 @@ class LeastSquares(Problem):
         """One client's ``H_i [n_i, dimension]`` and ``y_i [n_i]``; not to be written to."""
         rows = slice(self.starts[client], self.starts[client + 1])
         return self.features[rows], self.targets[rows]
+
+    def chain(self) -> Chain:
+        """One layer of one output without a bias."""
+        layer = Layer(self.dimension, 1, weight=0, bias=None)
+        return Chain((layer,), "squared", self.features, self.targets, self._rows, self.l2)
+
+    def _rows(self, clients: NDArray[np.int64]) -> Tensor:
+        held = [np.arange(self.starts[client], self.starts[client + 1]) for client in clients.tolist()]
+        return torch.from_numpy(np.concatenate(held))
 
     def gradient(self, x: Tensor, client: int, batch: Tensor | None, noise: int) -> Tensor:
         """``H^T (H x - y) / m + l2 x`` over the ``m`` examples of a batch, at ``x [dimension]``; it is exact."""

@@ -14,6 +14,7 @@ from fedsim.checks import ConfigError, number, one_of
 from fedsim.data.partitions import Divided, Iid, Partition, Table
 from fedsim.data.sources import Dataset, Embedded, Source
 from fedsim.problems.base import WEIGHTINGS, Problem, count_classes, objective_weights
+from fedsim.problems.chain import Chain, Layer
 from fedsim.rng import Randomness
 from fedsim.vectors import Layout
 
@@ -170,6 +171,14 @@ class LogisticRegression(Problem):
         """One client's examples ``[n_i, features + 1]`` and labels ``[n_i]``, 0 or 1."""
         rows = torch.from_numpy(self.spread.of(client))
         return self.train_h.index_select(0, rows), self.train_y.index_select(0, rows)
+
+    def chain(self) -> Chain:
+        """One layer of one output; its bias is the weight of the 1 that ends every example."""
+        layer = Layer(self.train_h.shape[1], 1, weight=0, bias=None)
+        return Chain((layer,), "binary", self.train_h, self.train_y, self._rows, self.l2)
+
+    def _rows(self, clients: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(np.concatenate(self.spread.each(clients)))
 
     def gradient(self, x: Tensor, client: int, batch: Tensor | None, noise: int) -> Tensor:
         """The gradient ``[d]`` at ``x [d]`` over a client's batch, penalty and all; zero without examples."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from fedsim.checks import TaskError
+from fedsim.checks import TaskError, said
+from fedsim.local import LocalSGD
 
 
 @dataclass(slots=True)
@@ -54,3 +57,50 @@ class Trainer(ABC):
     @abstractmethod
     def train(self, group: Sequence[Work]) -> list[Result]:
         """The results of a group, in its order; a task whose client code raised has an ``error``."""
+
+
+def stacked_tensors(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Named tensors of several tasks as stacks ``[n, ...]``, in memory of their own."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def unstacked(stacks: Any, what: str, count: int) -> list[dict[str, Tensor]]:
+    """The rows of named stacks ``[count, ...]``, each in memory of its own.
+
+    Raises:
+        TypeError: if a rule made something else of it.
+    """
+    if not isinstance(stacks, Mapping):
+        raise TypeError(f"{what} must be a dict of tensors, is a {type(stacks).__name__}")
+    for name, tensor in stacks.items():
+        if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) != count:
+            shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{what} must hold tensors [n, ...] with n = {count} here, '{name}' is {shape}")
+    kept = {str(name): tensor.detach() for name, tensor in stacks.items()}
+    return [{name: _own(tensor[row]) for name, tensor in kept.items()} for row in range(count)]
+
+
+def _own(row: Tensor) -> Tensor:
+    return torch.clone(row, memory_format=torch.contiguous_format)
+
+
+def failure(rule: LocalSGD, work: Work, step: int, group: int, error: BaseException) -> Result:
+    """The result of a task whose client code raised in a local step, counted from 1."""
+    no_memory = _no_memory(error)
+    text = f"{out_of_memory(group)} ({said(error)})" if no_memory else said(error)
+    task_error = TaskError(
+        f"{type(rule).__name__} raised {type(error).__name__}: {text} "
+        f"(client {work.client}, task {work.task}, job '{work.job}', local step {step})",
+        work.task,
+        fatal=no_memory,
+    )
+    task_error.__cause__ = error
+    return Result({}, {}, 0, group, task_error)
+
+
+def _no_memory(error: BaseException) -> bool:
+    """Whether an allocation failed. PyTorch's allocator of main memory has no exception class of its own."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = said(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.checks import TaskError, said
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
-from fedsim.training.base import Result, Trainer, Work, out_of_memory
+from fedsim.training.base import Result, Trainer, Work, failure, unstacked
 
 
 class SingleContext(Context):
@@ -26,10 +25,8 @@ class SingleContext(Context):
         self.state = {name: tensor.clone().unsqueeze(0) for name, tensor in work.state.items()}
         self.lr = torch.full((1, 1), work.lr, dtype=self.start.dtype)
         self.steps = np.array([work.steps])
-        self.active = torch.ones((1, 1), dtype=torch.bool)
-        self.all_active = True
+        self.running = 1
         self.clients = np.array([work.client])
-        self.step = -1
         self._work = work
         self._batch_size = rule.batch_size
         self._problem = problem
@@ -77,54 +74,8 @@ class GeneralTrainer(Trainer):
         rule = copy.copy(self.jobs[work.job])
         context = SingleContext(work, rule, self.problem, self.randomness)
         try:
-            payload = rule.run(context)
-            taken: set[int] = set()
-            return Result(
-                payload=_single(payload, "the payload", taken),
-                state=_single(context.state, "ctx.state", taken),
-                steps=int(context.steps[0]),
-                group=group,
-            )
+            payload = unstacked(rule.run(context), "the payload", 1)
+            state = unstacked(context.state, "ctx.state", 1)
         except (Exception, SystemExit) as error:
-            no_memory = _no_memory(error)
-            text = f"{out_of_memory(group)} ({said(error)})" if no_memory else said(error)
-            failure = TaskError(
-                f"{type(rule).__name__} raised {type(error).__name__}: {text} "
-                f"(client {work.client}, task {work.task}, job '{work.job}', local step {context.step + 1})",
-                work.task,
-                fatal=no_memory,
-            )
-            failure.__cause__ = error
-            return Result({}, {}, 0, group, failure)
-
-
-def _no_memory(error: BaseException) -> bool:
-    """Whether an allocation failed. PyTorch's allocator of main memory has no exception class of its own."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    text = said(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "not enough memory" in text)
-
-
-def _single(stack: Any, what: str, taken: set[int]) -> dict[str, Tensor]:
-    """The one row of a stack's named tensors.
-
-    Raises:
-        TypeError: if a rule made something else of it.
-    """
-    if not isinstance(stack, Mapping):
-        raise TypeError(f"{what} must be a dict of tensors, is a {type(stack).__name__}")
-    for name, tensor in stack.items():
-        if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) != 1:
-            shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"{what} must hold tensors [n, ...] with n = 1 here, '{name}' is {shape}")
-    return {str(name): _own(tensor[0].detach(), taken) for name, tensor in stack.items()}
-
-
-def _own(tensor: Tensor, taken: set[int]) -> Tensor:
-    """The tensor, copied if another one of the same result lies in its memory."""
-    memory = tensor.untyped_storage().data_ptr()
-    if memory in taken:
-        return tensor.clone()
-    taken.add(memory)
-    return tensor
+            return failure(rule, work, context.step + 1, group, error)
+        return Result(payload[0], state[0], int(context.steps[0]), group)
