@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -85,8 +86,10 @@ def all_finite(tensor: Tensor) -> bool:
     """Whether no item is NaN or infinite (one pass, no copy)."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return True
-    low, high = torch.aminmax(tensor)  # both are NaN if any item is
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    if math.isfinite(tensor.sum().item()):  # a NaN or an infinity in it would show
+        return True
+    low, high = torch.aminmax(tensor)  # the sum of finite items may overflow
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def mean(vectors: Sequence[Tensor]) -> Tensor:

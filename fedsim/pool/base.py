@@ -50,13 +50,15 @@ class Pool(ABC):
         """Give back everything that :meth:`open` took."""
 
 
-LARGEST_GROUP = 10
-"""Most tasks trained together unless told otherwise: a larger working set leaves the processor's cache."""
+FULL_GROUP, FULL_GROUP_BYTES = 10, 2**24
+"""A group needs no more tasks to be trained fast, nor more than fit in so many bytes if vectors are small: then what
+it costs to hand it out counts."""
 
 
-def group_size(tasks: int, workers: int) -> int:
-    """How many tasks to train together so that no worker stands idle."""
-    return max(1, min(LARGEST_GROUP, -(-tasks // workers)))
+def group_size(tasks: int, workers: int, vector_bytes: int) -> int:
+    """How many tasks to train together so that no worker stands idle, with vectors of so many bytes."""
+    most = max(FULL_GROUP, FULL_GROUP_BYTES // max(vector_bytes, 1))
+    return max(1, min(most, -(-tasks // workers)))
 
 
 def group_setting(value: Any) -> int | str:

@@ -163,7 +163,7 @@ class RayPool(Pool):
     def submit(self, works: Sequence[Work]) -> None:
         """Cut into groups and hand them out, the longest first."""
         self._due.update(work.task for work in works)
-        size = self.group if isinstance(self.group, int) else group_size(len(works), len(self._crew.members))
+        size = self._group_size(works)
         ordered = sorted(works, key=lambda work: (-work.steps, work.task))
         # Dealt like cards, so that groups are about equally long.
         count = -(-len(ordered) // size)
@@ -173,6 +173,11 @@ class RayPool(Pool):
             self._store.keep(group.shared)
             self._queue.append(group)
         self._hand_out()
+
+    def _group_size(self, works: Sequence[Work]) -> int:
+        if isinstance(self.group, int):
+            return self.group
+        return group_size(len(works), len(self._crew.members), works[0].start.nbytes if works else 0)
 
     def ready(self, tasks: Sequence[int]) -> dict[int, Result]:
         """The results that are there already, once and unchecked; never waits.

@@ -76,12 +76,11 @@ def unstacked(stacks: Any, what: str, count: int) -> list[dict[str, Tensor]]:
         if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) != count:
             shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{what} must hold tensors [n, ...] with n = {count} here, '{name}' is {shape}")
-    kept = {str(name): tensor.detach() for name, tensor in stacks.items()}
-    return [{name: _own(tensor[row]) for name, tensor in kept.items()} for row in range(count)]
-
-
-def _own(row: Tensor) -> Tensor:
-    return torch.clone(row, memory_format=torch.contiguous_format)
+    rows: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in stacks.items():
+        for row, own in zip(rows, tensor.detach().unbind(), strict=True):
+            row[str(name)] = torch.clone(own, memory_format=torch.contiguous_format)
+    return rows
 
 
 def failure(rule: LocalSGD, work: Work, step: int, group: int, error: BaseException) -> Result:

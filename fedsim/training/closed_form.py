@@ -21,11 +21,11 @@ from torch import Tensor
 
 from fedsim.problems.chain import Chain
 
-LANES = 10
-"""Most clients in a stack: with more the working set leaves the processor's cache."""
+FEWEST, MOST = 2, 64
+"""Clients in a stack."""
 
-FEWEST, MOST_NUMBERS = 4, 2**22
-"""A stack is made smaller than ``LANES``, but not than ``FEWEST``, where its batches would hold more numbers."""
+NUMBERS = 1_700_000
+"""Parameters and activations of a stack, about: with more the working set leaves the processor's cache."""
 
 ALIGNED = 64
 """Bytes: every client's vector begins at a multiple, as it would alone. How memory lies can show in the bits."""
@@ -81,12 +81,13 @@ class ClosedForm:
         self.layers, self.loss, self.l2 = chain.layers, chain.loss, chain.l2
         self.inputs, self.targets = chain.inputs.to(device), chain.targets.to(device)
         self._widths = [self.layers[0].inputs, *(layer.outputs for layer in self.layers)]
+        self._parameters = sum(each.outputs * (each.inputs + (each.bias is not None)) for each in self.layers)
         self._arena = self.inputs.new_empty(0)
         self._buffers: dict[tuple[int, int], _Buffers] = {}
 
     def lanes(self, size: int) -> int:
         """Most clients in a stack with batches of ``size`` examples."""
-        return max(FEWEST, min(LANES, MOST_NUMBERS // (size * sum(self._widths))))
+        return max(FEWEST, min(MOST, NUMBERS // (self._parameters + size * sum(self._widths))))
 
     def least_lanes(self, size: int) -> int:
         """The smallest stack whose clients get the same bits as in larger ones, by trial on this machine.
@@ -95,8 +96,7 @@ class ClosedForm:
         to be trained by itself.
         """
         most, generator = self.lanes(size), torch.Generator().manual_seed(size)
-        ends = [(each.weight + each.outputs * each.inputs, (each.bias or 0) + each.outputs) for each in self.layers]
-        x = aligned_stack(most, self.inputs.new_empty(max(map(max, ends)))).normal_(0, 0.1, generator=generator)
+        x = aligned_stack(most, self.inputs.new_empty(self._parameters)).normal_(0, 0.1, generator=generator)
         rows = torch.randint(len(self.inputs), (most, size), generator=generator)
         scale, lr = torch.full((most, size, 1), 1 / size, dtype=x.dtype), torch.full((most, 1), 0.1, dtype=x.dtype)
         whole = self._trial(x, rows, scale, lr)

@@ -52,8 +52,10 @@ class StackedContext(Context):
     ) -> None:  # fmt: skip
         first = works[0]
         self.start = aligned_stack(len(works), first.start)
-        for row, work in zip(self.start, works, strict=True):
-            row.copy_(work.start)
+        if all(work.start is first.start for work in works):
+            self.start.copy_(first.start)
+        else:
+            torch.stack([work.start for work in works], out=self.start)
         self.message = stacked_tensors([work.message for work in works])
         self.state = stacked_tensors([work.state for work in works])
         self.lr = torch.tensor([[work.lr] for work in works], dtype=self.start.dtype)
@@ -180,7 +182,8 @@ class StackedTrainer(Trainer):
             alike.setdefault(self._kind(work), []).append(work)
         for (job, size, *_), works in alike.items():
             works.sort(key=lambda work: -work.steps)
-            lanes = self._lanes(self.jobs[job], size)
+            most = self._lanes(self.jobs[job], size)
+            lanes = -(-len(works) // -(-len(works) // most))  # as few stacks as may be, about equally large
             for first in range(0, len(works), lanes):
                 yield works[first : first + lanes]
 
