@@ -8,8 +8,8 @@ is tried on the machine at hand before the first of them is made.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.base import Problem
-from fedsim.problems.chain import Chain
 from fedsim.rng import Draw, Randomness
-from fedsim.training.base import Result, Trainer, Work, failure, stacked_tensors, unstacked
+from fedsim.training.base import Result, Trainer, Work, failure, moved, stacked_tensors, unstacked
 from fedsim.training.closed_form import Batch, ClosedForm, aligned_stack, is_aligned
 
 HOOKS = ("run", "begin", "direction", "finish")
@@ -28,6 +27,32 @@ HOOKS = ("run", "begin", "direction", "finish")
 
 NOTHING_LANES = 10_000
 """Most clients in a stack that trains nothing."""
+
+Rows: TypeAlias = Callable[[NDArray[np.int64]], Tensor]
+"""``[examples]``: where the examples that clients ``[k]`` train on lie, client by client."""
+
+
+class StackForm(Protocol):
+    """A problem's gradients and plain steps for stacks ``[n, d]`` of parameter vectors, all on one device."""
+
+    l2: float
+    """Factor of the penalty ``l2 / 2 ||x||^2`` within the gradient; ``descend`` is for problems without one."""
+
+    def lanes(self, size: int) -> int:
+        """Most clients in a stack with batches of ``size`` examples."""
+        ...
+
+    def least_lanes(self, size: int) -> int:
+        """The smallest stack whose clients get the same bits as in larger ones; 0 if any two sizes may differ."""
+        ...
+
+    def gradient(self, x: Tensor, batch: Batch, out: Tensor) -> None:
+        """Write the gradients at ``x[:k]`` of the mean losses over a batch of ``k`` clients into ``out[:k]``."""
+        ...
+
+    def descend(self, x: Tensor, batch: Batch, lr: Tensor) -> None:
+        """``x[:k] <- x[:k] - lr[:k] * gradient`` in place; ``lr [n, 1]``."""
+        ...
 
 
 def padded_size(batch_size: int | None, samples: int) -> int:
@@ -47,16 +72,17 @@ class StackedContext(Context):
     """The context of a stack of tasks with batches of one padded size, in order of steps, the most first."""
 
     def __init__(
-        self, works: Sequence[Work], rule: LocalSGD, samples: NDArray[np.int64], chain: Chain | None,
-        form: ClosedForm | None, randomness: Randomness,
+        self, works: Sequence[Work], rule: LocalSGD, samples: NDArray[np.int64], rows: Rows | None,
+        form: StackForm | None, randomness: Randomness, device: torch.device,
     ) -> None:  # fmt: skip
         first = works[0]
         self.start = aligned_stack(len(works), first.start)
         for row, work in zip(self.start, works, strict=True):
             row.copy_(work.start)
-        self.message = stacked_tensors([work.message for work in works])
-        self.state = stacked_tensors([work.state for work in works])
-        self.lr = torch.tensor([[work.lr] for work in works], dtype=self.start.dtype)
+        self.start = self.start.to(device)
+        self.message = moved(stacked_tensors([work.message for work in works]), device)
+        self.state = moved(stacked_tensors([work.state for work in works]), device)
+        self.lr = torch.tensor([[work.lr] for work in works], dtype=self.start.dtype, device=device)
         self.steps = np.array([work.steps for work in works])
         self.running = len(works)
         self.clients = np.array([work.client for work in works])
@@ -64,16 +90,16 @@ class StackedContext(Context):
         self._samples = samples
         self._sizes = samples if rule.batch_size is None else np.full(len(works), rule.batch_size)
         self._padded = padded_size(rule.batch_size, int(samples[0]))
-        self._chain, self._form, self._randomness = chain, form, randomness
+        self._rows, self._form, self._randomness = rows, form, randomness
 
     # ---- batches ---------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Batch]:
         """Epoch after epoch in a new keyed order; the last batch of an epoch may be smaller."""
-        if self._chain is None:
+        if self._rows is None:
             return
-        per_epoch = -(-self._samples // self._sizes)
-        held = self._chain.rows(self.clients).numpy()
+        x, per_epoch = self.start, -(-self._samples // self._sizes)
+        held = self._rows(self.clients).numpy()
         order = np.zeros((len(self.clients), int(self._samples.max())), dtype=np.int64)
         lanes, places = np.arange(len(self.clients))[:, None], np.arange(self._padded)
         for step in range(int(self.steps[0])):
@@ -88,7 +114,7 @@ class StackedContext(Context):
             rows = order[lanes[:k], first[:, None] + np.minimum(places, counts - 1)]
             scale = np.where(places < counts, 1.0 / counts, 0.0)[:, :, None]
             self.step, self.running = step, k
-            yield Batch(torch.from_numpy(rows), torch.from_numpy(scale).to(self.start.dtype))
+            yield Batch(torch.from_numpy(rows).to(x.device), torch.from_numpy(scale).to(x))
 
     def _shuffle(
         self, order: NDArray[np.int64], held: NDArray[np.int64], lanes: NDArray[np.int64], epoch: NDArray[np.int64]
@@ -127,12 +153,12 @@ class StackedContext(Context):
             self._form.gradient(x, batch, new)
         return new
 
-    def _full_gradient(self, form: ClosedForm, x: Tensor, new: Tensor) -> None:
-        assert self._chain is not None
+    def _full_gradient(self, form: StackForm, x: Tensor, new: Tensor) -> None:
+        assert self._rows is not None
         for lane, client in enumerate(self.clients):
-            rows = self._chain.rows(np.array([client]))
+            rows = self._rows(np.array([client])).to(x.device)
             if len(rows):
-                scale = torch.full((1, len(rows), 1), 1.0 / len(rows), dtype=x.dtype)
+                scale = x.new_full((1, len(rows), 1), 1.0 / len(rows))
                 form.gradient(x[lane : lane + 1], Batch(rows.unsqueeze(0), scale), new[lane : lane + 1])
             else:
                 new[lane].zero_()
@@ -157,13 +183,21 @@ class StackedTrainer(Trainer):
         problem: one that is a chain of linear layers, or trains nothing.
         jobs: the local rules by name.
         randomness: the run's.
+        device: where stacks are trained; works come from main memory, and results go back to it.
     """
 
-    def __init__(self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> None:
+    def __init__(
+        self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness, device: torch.device | str = "cpu"
+    ) -> None:
         self.samples, self.jobs, self.randomness = problem.samples, dict(jobs), randomness
-        self.chain = problem.chain() if problem.trains else None
-        self.form = None if self.chain is None else ClosedForm(self.chain)
+        self.device = torch.device(device)
+        self.rows, self.form = self._form_of(problem)
         self._least: dict[int, int] = {}
+
+    def _form_of(self, problem: Problem) -> tuple[Rows | None, StackForm | None]:
+        """Where clients' examples lie, and how they are trained on; nothing if nothing is trained."""
+        chain = problem.chain() if problem.trains else None
+        return (None, None) if chain is None else (chain.rows, ClosedForm(chain, self.device))
 
     def train(self, group: Sequence[Work]) -> list[Result]:
         """The results of a group in its order, whatever stacks it is cut into."""
@@ -203,10 +237,10 @@ class StackedTrainer(Trainer):
         rule = copy.copy(self.jobs[works[0].job])
         lanes = works * 2 if len(works) == 1 and self._must_double(rule, works[0]) else works
         samples = self.samples[[work.client for work in lanes]]
-        context = StackedContext(lanes, rule, samples, self.chain, self.form, self.randomness)
+        context = StackedContext(lanes, rule, samples, self.rows, self.form, self.randomness, self.device)
         try:
-            payload = unstacked(rule.run(context), "the payload", len(lanes))
-            state = unstacked(context.state, "ctx.state", len(lanes))
+            payload = unstacked(moved(rule.run(context), "cpu"), "the payload", len(lanes))
+            state = unstacked(moved(context.state, "cpu"), "ctx.state", len(lanes))
         except (Exception, SystemExit) as error:
             if len(works) > 1:  # whose fault it was shows when each is trained by itself
                 return [result for work in works for result in self._train_stack([work])]
@@ -220,13 +254,19 @@ class StackedTrainer(Trainer):
         Products of one stack, or what a rule of the user's own computes of it (a standard deviation, say), may go
         another way than products of several.
         """
-        if self.form is None or type(rule).measured:
+        if self.form is None or type(rule).measured or not self._is_invariant():
             return False
         least = self._least_lanes(padded_size(rule.batch_size, int(self.samples[work.client])))
         return least == 2 or (least == 1 and _has_own_hooks(rule))
 
+    def _is_invariant(self) -> bool:
+        """Whether bits must not show how tasks were grouped; on a GPU the group is part of a run's identity."""
+        return self.device.type == "cpu"
+
     def _least_lanes(self, size: int) -> int:
         assert self.form is not None
+        if not self._is_invariant():
+            return 1
         if size not in self._least:
             self._least[size] = self.form.least_lanes(size)
         return self._least[size]
