@@ -266,7 +266,7 @@ def _plain(part: Any) -> Any:
     if isinstance(part, Mapping):
         return {str(key): _plain(each) for key, each in part.items()}
     if isinstance(part, np.ndarray):
-        return {"sha256": hashlib.sha256(np.ascontiguousarray(part)).hexdigest()}
+        return {"sha256": hashlib.sha256(np.ascontiguousarray(part).data).hexdigest()}
     if isinstance(part, torch.Tensor):
         return _plain(part.detach().cpu().contiguous().view(torch.uint8).numpy() if part.ndim else part.item())
     kind = part if isinstance(part, (type, FunctionType)) else type(part)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import fedsim
@@ -53,11 +54,12 @@ def problem(sizes: Sequence[int], model: object = None, shape: tuple[int, ...] =
 def works(made: fedsim.Problem, steps: Sequence[int], lr: float = 0.1, **tensors: Tensor) -> list[Work]:
     generator = torch.Generator().manual_seed(1)
     start = made.initial()
+    starts = start + 0.1 * torch.randn(len(steps), len(start), generator=generator, dtype=start.dtype)
+    states = [{name: tensor[i] for name, tensor in tensors.items()} for i in range(len(steps))]
     return [
-        Work(10 + i, i, 2 + i % 3, "train", start + 0.1 * torch.randn(len(start), generator=generator, dtype=start.dtype),
-             {}, {name: tensor[i] for name, tensor in tensors.items()}, lr, count)
+        Work(10 + i, i, 2 + i % 3, "train", starts[i].clone(), {}, states[i], lr, count)
         for i, count in enumerate(steps)
-    ]  # fmt: skip
+    ]
 
 
 def both(made: fedsim.Problem, rule: fedsim.LocalSGD, todo: Sequence[Work]) -> tuple[list[Result], list[Result]]:
@@ -152,7 +154,9 @@ def test_every_hook_sees_the_same_numbers(rule: fedsim.LocalSGD) -> None:
     assert_close(made, rule, works(made, STEPS, control=control))
 
 
-@pytest.mark.parametrize("made", [fedsim.LeastSquares(l2=0.1), fedsim.LogisticRegression(l2=0.1)], ids=["squared", "binary"])
+@pytest.mark.parametrize(
+    "made", [fedsim.LeastSquares(l2=0.1), fedsim.LogisticRegression(l2=0.1)], ids=["squared", "binary"]
+)
 def test_convex_problems_are_chains_too(made: fedsim.Problem) -> None:
     if isinstance(made, fedsim.LogisticRegression):
         x, y = torch.randn(90, 6), torch.randint(0, 4, (90,))
@@ -258,7 +262,10 @@ def test_batches_follow_the_keys_of_each_client_epoch_by_epoch(
     samples = np.array([7, 8, 8, 7]) if batch_size is None else np.array([11, 3, 30, 8])
     steps, clients, nth = np.array([9, 7, 7, 2]), np.array([4, 0, 9, 2]), np.array([0, 5, 1, 1])
     held = {4: 100, 0: 200, 9: 300, 2: 400}
-    rows = lambda ids: torch.from_numpy(np.concatenate([held[i] + np.arange(s) for i, s in zip(ids.tolist(), samples, strict=True)]))  # noqa: E731, E501
+
+    def rows(ids: NDArray[np.int64]) -> Tensor:
+        return torch.cat([held[i] + torch.arange(int(n)) for i, n in zip(ids.tolist(), samples, strict=True)])
+
     made = StackBatches(clients, nth, samples, steps, batch_size, rows, RANDOM)
     seen = list(made.each(torch.empty(0, dtype=torch.float64)))
     assert len(seen) == 9

@@ -64,6 +64,13 @@ def stacked_tensors(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def moved(tensors: Any, device: torch.device | str) -> Any:
+    """Named tensors on a device: those that are there already as they are, and whatever else was handed in."""
+    if not isinstance(tensors, Mapping):
+        return tensors
+    return {name: each.to(device) if isinstance(each, Tensor) else each for name, each in tensors.items()}
+
+
 def unstacked(stacks: Any, what: str, count: int) -> list[dict[str, Tensor]]:
     """The rows of named stacks ``[count, ...]``, each in memory of its own.
 

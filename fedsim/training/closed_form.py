@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedsim.problems.chain import Chain
+from fedsim.training.batches import Batch
 
 FEWEST, MOST = 2, 64
 """Clients in a stack."""
@@ -29,15 +29,6 @@ NUMBERS = 1_700_000
 
 ALIGNED = 64
 """Bytes: every client's vector begins at a multiple, as it would alone. How memory lies can show in the bits."""
-
-
-class Batch(NamedTuple):
-    """One step's examples of the first ``k`` clients of a stack, padded to one size."""
-
-    rows: Tensor
-    """``[k, size]``: where the examples lie; a row that only fills the batch repeats one of its examples."""
-    scale: Tensor
-    """``[k, size, 1]``: 1 / (the client's examples in this batch), 0 for rows that only fill it."""
 
 
 def aligned_stack(rows: int, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.base import Problem
-from fedsim.problems.chain import Chain
 from fedsim.rng import Draw, Randomness
-from fedsim.training.base import Result, Trainer, Work, failure, stacked_tensors, unstacked
-from fedsim.training.closed_form import Batch, ClosedForm, aligned_stack, is_aligned
+from fedsim.training.base import Result, Trainer, Work, failure, moved, stacked_tensors, unstacked
+from fedsim.training.batches import Batch, Rows, StackBatches, padded_size
+from fedsim.training.closed_form import ClosedForm, aligned_stack, is_aligned
 
 HOOKS = ("run", "begin", "direction", "finish")
 """What a local rule can do its own way."""
@@ -30,25 +30,73 @@ NOTHING_LANES = 10_000
 """Most clients in a stack that trains nothing."""
 
 
-def padded_size(batch_size: int | None, samples: int) -> int:
-    """What the batches of a task are filled up to: its batch size, or all the client has if that is less, rounded up.
+class StackForm(Protocol):
+    """A problem's gradients and plain steps for stacks ``[n, d]`` of parameter vectors, all on one device."""
 
-    Rounded to even numbers, from 16 on to multiples of 4, from 32 on of 8 and so on: few sizes, so that clients of
-    unlike sizes still share a stack, and never a quarter more than asked for.
+    l2: float
+    """Factor of the penalty ``l2 / 2 ||x||^2`` within the gradient; ``descend`` is for problems without one."""
+
+    def lanes(self, size: int) -> int:
+        """Most clients in a stack with batches of ``size`` examples."""
+        ...
+
+    def least_lanes(self, size: int) -> int:
+        """The smallest stack whose clients get the same bits as in larger ones; 0 if any two sizes may differ."""
+        ...
+
+    def gradient(self, x: Tensor, batch: Batch, out: Tensor) -> None:
+        """Write the gradients at ``x[:k]`` of the mean losses over a batch of ``k`` clients into ``out[:k]``."""
+        ...
+
+    def descend(self, x: Tensor, batch: Batch, lr: Tensor) -> None:
+        """``x[:k] <- x[:k] - lr[:k] * gradient`` in place; ``lr [n, 1]``."""
+        ...
+
+
+class Paired:
+    """A form where products of one client alone would give other bits than in company: it is never alone.
+
+    Args:
+        form: what makes the gradients.
     """
-    if batch_size is not None and samples >= batch_size:
-        return max(batch_size, 2)
-    unit = 1 << max(samples.bit_length() - 3, 1)
-    size = -(-max(samples, 1) // unit) * unit
-    return size if batch_size is None else max(min(size, batch_size), 2)
+
+    def __init__(self, form: StackForm) -> None:
+        self.form, self.l2 = form, form.l2
+
+    def gradient(self, x: Tensor, batch: Batch, out: Tensor) -> None:
+        """Write the gradients at ``x[:k]`` into ``out[:k]``."""
+        if len(batch.rows) > 1:
+            self.form.gradient(x, batch, out)
+            return
+        twice = _twice(x)
+        slopes = aligned_stack(2, x)
+        self.form.gradient(twice, _both(batch), slopes)
+        out[:1].copy_(slopes[:1])
+
+    def descend(self, x: Tensor, batch: Batch, lr: Tensor) -> None:
+        """``x[:k] <- x[:k] - lr[:k] * gradient`` in place; ``lr [n, 1]``."""
+        if len(batch.rows) > 1:
+            self.form.descend(x, batch, lr)
+            return
+        twice = _twice(x)
+        self.form.descend(twice, _both(batch), lr[:1].expand(2, 1))
+        x[:1].copy_(twice[:1])
+
+
+def _twice(x: Tensor) -> Tensor:
+    return aligned_stack(2, x).copy_(x[:1])
+
+
+def _both(batch: Batch) -> Batch:
+    return Batch(batch.rows.expand(2, -1), batch.scale.expand(2, -1, -1))
 
 
 class StackedContext(Context):
     """The context of a stack of tasks with batches of one padded size, in order of steps, the most first."""
 
     def __init__(
-        self, works: Sequence[Work], rule: LocalSGD, samples: NDArray[np.int64], chain: Chain | None,
-        form: ClosedForm | None, randomness: Randomness,
+        self, works: Sequence[Work], rule: LocalSGD, samples: NDArray[np.int64], rows: Rows | None,
+        form: StackForm | Paired | None, randomness: Randomness, device: torch.device,
     ) -> None:  # fmt: skip
         first = works[0]
         self.start = aligned_stack(len(works), first.start)
@@ -56,51 +104,27 @@ class StackedContext(Context):
             self.start.copy_(first.start)
         else:
             torch.stack([work.start for work in works], out=self.start)
-        self.message = stacked_tensors([work.message for work in works])
-        self.state = stacked_tensors([work.state for work in works])
-        self.lr = torch.tensor([[work.lr] for work in works], dtype=self.start.dtype)
+        self.start = self.start.to(device)
+        self.message = moved(stacked_tensors([work.message for work in works]), device)
+        self.state = moved(stacked_tensors([work.state for work in works]), device)
+        self.lr = torch.tensor([[work.lr] for work in works], dtype=self.start.dtype, device=device)
         self.steps = np.array([work.steps for work in works])
         self.running = len(works)
         self.clients = np.array([work.client for work in works])
         self._nth = np.array([work.nth for work in works])
-        self._samples = samples
-        self._sizes = samples if rule.batch_size is None else np.full(len(works), rule.batch_size)
-        self._padded = padded_size(rule.batch_size, int(samples[0]))
-        self._chain, self._form, self._randomness = chain, form, randomness
-
-    # ---- batches ---------------------------------------------------------------------------------
+        self._samples, self._batch_size = samples, rule.batch_size
+        self._rows, self._form, self._randomness = rows, form, randomness
 
     def batches(self) -> Iterator[Batch]:
         """Epoch after epoch in a new keyed order; the last batch of an epoch may be smaller."""
-        if self._chain is None:
+        if self._rows is None:
             return
-        per_epoch = -(-self._samples // self._sizes)
-        held = self._chain.rows(self.clients).numpy()
-        order = np.zeros((len(self.clients), int(self._samples.max())), dtype=np.int64)
-        lanes, places = np.arange(len(self.clients))[:, None], np.arange(self._padded)
-        for step in range(int(self.steps[0])):
-            k = int(np.searchsorted(-self.steps, -step))
-            epoch, position = np.divmod(step, per_epoch[:k])
-            fresh = np.flatnonzero(position == 0)
-            if len(fresh):
-                self._shuffle(order, held, fresh, epoch[fresh])
-            first = position * self._sizes[:k]
-            counts = np.minimum(self._samples[:k] - first, self._sizes[:k])[:, None]
-            # What only fills a batch repeats its last example, so that nothing foreign (a NaN, say) can come in.
-            rows = order[lanes[:k], first[:, None] + np.minimum(places, counts - 1)]
-            scale = np.where(places < counts, 1.0 / counts, 0.0)[:, :, None]
-            self.step, self.running = step, k
-            yield Batch(torch.from_numpy(rows), torch.from_numpy(scale).to(self.start.dtype))
-
-    def _shuffle(
-        self, order: NDArray[np.int64], held: NDArray[np.int64], lanes: NDArray[np.int64], epoch: NDArray[np.int64]
-    ) -> None:
-        """A new order of their examples for these lanes."""
-        sizes = self._samples[lanes]
-        keys = self._randomness("batches", self.clients[lanes], self._nth[lanes], epoch)
-        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        starts = (np.cumsum(self._samples) - self._samples)[lanes]
-        order[np.repeat(lanes, sizes), within] = held[np.repeat(starts, sizes) + keys.permutations(sizes)]
+        stack = StackBatches(
+            self.clients, self._nth, self._samples, self.steps, self._batch_size, self._rows, self._randomness
+        )
+        for step, batch in enumerate(stack.each(self.start)):
+            self.step, self.running = step, len(batch.rows)
+            yield batch
 
     # ---- steps -----------------------------------------------------------------------------------
 
@@ -129,12 +153,12 @@ class StackedContext(Context):
             self._form.gradient(x, batch, new)
         return new
 
-    def _full_gradient(self, form: ClosedForm, x: Tensor, new: Tensor) -> None:
-        assert self._chain is not None
+    def _full_gradient(self, form: StackForm | Paired, x: Tensor, new: Tensor) -> None:
+        assert self._rows is not None
         for lane, client in enumerate(self.clients):
-            rows = self._chain.rows(np.array([client]))
+            rows = self._rows(np.array([client])).to(x.device)
             if len(rows):
-                scale = torch.full((1, len(rows), 1), 1.0 / len(rows), dtype=x.dtype)
+                scale = x.new_full((1, len(rows), 1), 1.0 / len(rows))
                 form.gradient(x[lane : lane + 1], Batch(rows.unsqueeze(0), scale), new[lane : lane + 1])
             else:
                 new[lane].zero_()
@@ -159,13 +183,21 @@ class StackedTrainer(Trainer):
         problem: one that is a chain of linear layers, or trains nothing.
         jobs: the local rules by name.
         randomness: the run's.
+        device: where stacks are trained; works come from main memory, and results go back to it.
     """
 
-    def __init__(self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> None:
+    def __init__(
+        self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness, device: torch.device | str = "cpu"
+    ) -> None:
         self.samples, self.jobs, self.randomness = problem.samples, dict(jobs), randomness
-        self.chain = problem.chain() if problem.trains else None
-        self.form = None if self.chain is None else ClosedForm(self.chain)
+        self.device = torch.device(device)
+        self.rows, self.form = self._form_of(problem)
         self._least: dict[int, int] = {}
+
+    def _form_of(self, problem: Problem) -> tuple[Rows | None, StackForm | None]:
+        """Where clients' examples lie, and how they are trained on; nothing if nothing is trained."""
+        chain = problem.chain() if problem.trains else None
+        return (None, None) if chain is None else (chain.rows, ClosedForm(chain, self.device))
 
     def train(self, group: Sequence[Work]) -> list[Result]:
         """The results of a group in its order, whatever stacks it is cut into."""
@@ -204,12 +236,13 @@ class StackedTrainer(Trainer):
     def _train_stack(self, works: list[Work]) -> list[Result]:
         # A copy, so that what a rule writes to itself cannot reach another task: state belongs into the context.
         rule = copy.copy(self.jobs[works[0].job])
-        lanes = works * 2 if len(works) == 1 and self._must_double(rule, works[0]) else works
+        lanes = works * 2 if len(works) == 1 and self._must_double(rule) else works
         samples = self.samples[[work.client for work in lanes]]
-        context = StackedContext(lanes, rule, samples, self.chain, self.form, self.randomness)
+        form = self._form_for(padded_size(rule.batch_size, int(samples[0])))
+        context = StackedContext(lanes, rule, samples, self.rows, form, self.randomness, self.device)
         try:
-            payload = unstacked(rule.run(context), "the payload", len(lanes))
-            state = unstacked(context.state, "ctx.state", len(lanes))
+            payload = unstacked(moved(rule.run(context), "cpu"), "the payload", len(lanes))
+            state = unstacked(moved(context.state, "cpu"), "ctx.state", len(lanes))
         except (Exception, SystemExit) as error:
             if len(works) > 1:  # whose fault it was shows when each is trained by itself
                 return [result for work in works for result in self._train_stack([work])]
@@ -217,19 +250,29 @@ class StackedTrainer(Trainer):
         steps = context.steps.tolist()
         return [Result(payload[lane], state[lane], steps[lane], len(works)) for lane in range(len(works))]
 
-    def _must_double(self, rule: LocalSGD, work: Work) -> bool:
+    def _form_for(self, size: int) -> StackForm | Paired | None:
+        """What makes gradients of batches of this size."""
+        if self.form is None or self._least_lanes(size) != 2:
+            return self.form
+        return Paired(self.form)
+
+    def _must_double(self, rule: LocalSGD) -> bool:
         """Whether a task that is alone has to be trained beside a copy of itself.
 
-        Products of one stack, or what a rule of the user's own computes of it (a standard deviation, say), may go
-        another way than products of several.
+        What a rule of the user's own computes of a stack of one (a standard deviation, say) may go another way than
+        with several.
         """
-        if self.form is None or type(rule).measured:
-            return False
-        least = self._least_lanes(padded_size(rule.batch_size, int(self.samples[work.client])))
-        return least == 2 or (least == 1 and _has_own_hooks(rule))
+        alone = self.form is None or not self._is_invariant() or type(rule).measured
+        return not alone and _has_own_hooks(rule)
+
+    def _is_invariant(self) -> bool:
+        """Whether bits must not show how tasks were grouped; on a GPU the group is part of a run's identity."""
+        return self.device.type == "cpu"
 
     def _least_lanes(self, size: int) -> int:
         assert self.form is not None
+        if not self._is_invariant():
+            return 1
         if size not in self._least:
             self._least[size] = self.form.least_lanes(size)
         return self._least[size]
