@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ from fedsim.simulation.stop import Stop
 from fedsim.strategy import Strategy
 from fedsim.system import System
 from fedsim.vectors import all_finite
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger("fedsim")
 
@@ -270,9 +273,7 @@ class Simulation(Federation):
             "availability": attributes_of(self.system.availability),
         }
 
-    def restore(
-        self, snapshot: dict[str, Any], events: list[tuple[Any, ...] | None], links: list[tuple[Any, ...] | None]
-    ) -> None:
+    def restore(self, snapshot: dict[str, Any], events: list[pa.Table], links: list[pa.Table]) -> None:
         """Become what :meth:`snapshot` saw; :meth:`run` then goes on from there.
 
         Args:

@@ -23,6 +23,8 @@ from fedsim.vectors import all_finite
 from fedsim.wire import message_bytes
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from fedsim.simulation.engine import Simulation
 
 Copies = dict[int, tuple[Tensor, Tensor]]
@@ -411,10 +413,10 @@ class Lifecycle:
             "states": self._states,
             "lost_in_a_row": self._lost_in_a_row,
             "rows": closed,
-            "later_rows": self.log.rows[closed:],
+            "later_rows": self.log.rows(closed),
         }
 
-    def restore(self, snapshot: dict[str, Any], rows: list[tuple[Any, ...] | None]) -> None:
+    def restore(self, snapshot: dict[str, Any], rows: list[pa.Table]) -> None:
         """Become what :meth:`snapshot` saw; ``rows`` are the log's first ones, which were on disk."""
         self.outcomes = snapshot["outcomes"]
         self.bytes_down, self.bytes_up = snapshot["bytes"]
@@ -425,7 +427,7 @@ class Lifecycle:
         self._nth, self._next = snapshot["nth"], snapshot["next"]
         self._states = snapshot["states"]
         self._lost_in_a_row = snapshot["lost_in_a_row"]
-        self.log.rows = [*rows, *snapshot["later_rows"]]
+        self.log.load(rows, snapshot["later_rows"])
 
 
 def _snapshot(tensor: Tensor, copies: Copies) -> Tensor:
