@@ -65,9 +65,11 @@ class Kernel:
         self._heap: list[Entry] = []
         self._sequence = 0
         self._cancelled: set[int] = set()
+        self._following: dict[int, Any] = {}
+        """By phase, what follows when nothing that was scheduled for this instant is left."""
 
     def __len__(self) -> int:
-        return len(self._heap) - len(self._cancelled)
+        return len(self._heap) - len(self._cancelled) + len(self._following)
 
     def schedule(self, time: int, phase: Phase, event: Any, client: int = -1, task: int = -1) -> int:
         """Put ``event`` at ``time`` (ns) and return a handle to cancel it by.
@@ -81,12 +83,21 @@ class Kernel:
         heapq.heappush(self._heap, (time, int(phase), client, task, self._sequence, event))
         return self._sequence
 
+    def follow(self, phase: Phase, event: Any) -> None:
+        """Put ``event`` at the end of this instant, in order of phase; once, however often it is asked for.
+
+        What comes in every instant, as these do, would pass through the heap for nothing.
+        """
+        self._following[int(phase)] = event
+
     def cancel(self, handle: int) -> None:
         """Take the scheduled event of ``handle`` out; it must not have run yet."""
         self._cancelled.add(handle)
 
     def next_time(self) -> int | None:
         """When the next event is due, or None when nothing is left to happen."""
+        if self._following:
+            return self.now
         while self._heap and self._heap[0][4] in self._cancelled:
             self._cancelled.remove(heapq.heappop(self._heap)[4])
         return self._heap[0][0] if self._heap else None
@@ -108,12 +119,20 @@ class Kernel:
         if time is None:
             raise SimulationError(f"nothing left to happen at {self.now / NS:.6g} s of virtual time")
         self.now = time
-        count = 0
-        while self.next_time() == time:
-            handle(heapq.heappop(self._heap)[5])
-            count += 1
+        heap, cancelled, last = self._heap, self._cancelled, self.handled + self.limit
+        while True:
+            if heap and heap[0][0] == time:
+                entry = heapq.heappop(heap)
+                if entry[4] in cancelled:
+                    cancelled.remove(entry[4])
+                    continue
+                handle(entry[5])
+            elif self._following:
+                handle(self._following.pop(min(self._following)))
+            else:
+                break
             self.handled += 1
-            if count > self.limit:
+            if self.handled > last:
                 raise SimulationError(
                     f"more than {self.limit} events at {time / NS:.6g} s of virtual time: "
                     "the strategy answers each event with another one and time stands still"
@@ -128,6 +147,7 @@ class Kernel:
             "heap": list(self._heap),
             "sequence": self._sequence,
             "cancelled": set(self._cancelled),
+            "following": dict(self._following),
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -138,3 +158,4 @@ class Kernel:
         self._heap = list(snapshot["heap"])
         self._sequence = snapshot["sequence"]
         self._cancelled = set(snapshot["cancelled"])
+        self._following = dict(snapshot["following"])

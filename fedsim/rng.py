@@ -9,6 +9,7 @@ stream, so nothing has to be saved, replayed or seeded globally.
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -62,6 +63,19 @@ class Draw:
         """Uniform in the open interval (0, 1)."""
         # 52 bits and a half: the largest value is 1 - 2^-53, exactly representable and below 1.
         return ((self.words(size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+    def nth_uniform(self, n: int) -> float:
+        """What ``uniform(n + 1)[n]`` is, in plain Python: for one number that costs a tenth (one key only)."""
+        return ((_mix((int(self.key) + (n + 1) * _GOLDEN) & _MASK) >> 12) + 0.5) * 2.0**-52
+
+    def nth_normal(self, n: int) -> float:
+        """What ``normal(n + 1)[n]`` is (one key only)."""
+        radius = math.sqrt(-2.0 * float(np.log(self.nth_uniform(2 * n))))
+        return radius * float(np.cos(2.0 * math.pi * self.nth_uniform(2 * n + 1)))
+
+    def nth_integer(self, high: int, n: int) -> int:
+        """What ``integers(high, n + 1)[n]`` is (one key only)."""
+        return min(int(self.nth_uniform(n) * high), high - 1)
 
     def exponential(self, size: int | tuple[int, ...] = ()) -> NDArray[np.float64]:
         """Exponential with mean 1."""

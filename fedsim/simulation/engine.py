@@ -86,7 +86,6 @@ class Simulation(Federation):
         self.evaluation = Evaluation(self, eval_every, client_eval_every)
         self._version = 0
         self._picks = 0
-        self._settling = False
         self._idle_changes = 0
         self._begun = False
 
@@ -148,10 +147,22 @@ class Simulation(Federation):
 
         Tries are uniform, so the first ``k`` different idle ones are a uniform draw of the idle.
         """
-        tried = self.randomness("pick by trial", self._picks).integers(self.clients, 4 * k + 8)
+        draw, tries = self.randomness("pick by trial", self._picks), 4 * k + 8
+        if k == 1:
+            return self._pick_one(draw, tries)
+        tried = draw.integers(self.clients, tries)
         idle = tried[self.system.availability.online[tried] & ~self.tasks.busy[tried]]
         _, first = np.unique(idle, return_index=True)
         return np.sort(idle[np.sort(first)[:k]]) if len(first) >= k else None
+
+    def _pick_one(self, draw: Draw, tries: int) -> NDArray[np.int64] | None:
+        """The first idle one of those that would be tried: most often it is the first, and the only one drawn."""
+        online, busy = self.system.availability.online, self.tasks.busy
+        for n in range(tries):
+            client = draw.nth_integer(self.clients, n)
+            if online[client] and not busy[client]:
+                return np.array([client])
+        return None
 
     def dispatch(
         self,
@@ -219,11 +230,11 @@ class Simulation(Federation):
 
     def state(self, client: int, name: str) -> Tensor:
         """A copy of a client's committed state."""
-        return self.tasks.state_of(client)[name].clone()
+        return self.tasks.states.of(client)[name].clone()
 
     def kept(self, name: str) -> dict[int, Tensor]:
         """Copies of all clients' committed states of that name."""
-        return self.tasks.kept(name)
+        return self.tasks.states.kept(name)
 
     def profile(self, clients: NDArray[np.int64], steps: int | NDArray[np.int64]) -> NDArray[np.float64]:
         """Expected seconds of a task by each client."""
@@ -317,7 +328,6 @@ class Simulation(Federation):
     def _handle(self, event: tuple[str, Any]) -> None:
         kind, subject = event
         if kind == "settle":
-            self._settling = False
             self.strategy.settle(self)
             return
         if kind == "take effect":
@@ -342,9 +352,7 @@ class Simulation(Federation):
         self._request_settle()
 
     def _request_settle(self) -> None:
-        if not self._settling:
-            self._settling = True
-            self.kernel.schedule(self.kernel.now, Phase.SETTLE, ("settle", None))
+        self.kernel.follow(Phase.SETTLE, ("settle", None))
 
     def _schedule_availability(self) -> None:
         due = self.system.availability.next_change()
@@ -381,7 +389,7 @@ class Simulation(Federation):
 
     def bytes_moved(self) -> tuple[int, int]:
         """Bytes so far, down and up; what peers send counts as up."""
-        down, up = self.tasks.bytes_moved()
+        down, up = self.tasks.traffic.total(self.kernel.now)
         return down, up + self.links.bytes_moved()
 
     def warn(self, text: str, kind: str) -> None:

@@ -8,15 +8,33 @@ Models hold arrays over clients and plain numbers only: they can be pickled at a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
 from fedsim.rng import Randomness
+from fedsim.system import single
 from fedsim.system.availability import Always, Availability, ClassCounts
-from fedsim.system.base import LONGEST
+from fedsim.system.base import LONGEST, Ids
 from fedsim.system.compute import Compute
 from fedsim.system.compute import Constant as ConstantCompute
 from fedsim.system.faults import Faults, Stage
 from fedsim.system.network import Network, NoNetwork
 
-__all__ = ["LONGEST", "Availability", "Compute", "Faults", "Network", "Stage", "System"]
+__all__ = ["LONGEST", "Availability", "Compute", "Faults", "Network", "Spans", "Stage", "System"]
+
+
+class Spans(NamedTuple):
+    """How long the parts of a task take, in whole nanoseconds, and where it is lost."""
+
+    down: int
+    compute: int
+    up: int
+    stage: int
+    """A code of :class:`Stage`."""
+    fraction: float
+    """The share of the local work that is done when it is lost."""
 
 
 class System:
@@ -54,3 +72,29 @@ class System:
         self.network.prepare(clients, randomness)
         self.availability.prepare(clients, randomness)
         self.faults.prepare(clients, randomness)
+        self._repeated = single.applies(self)
+
+    def spans(
+        self,
+        clients: Ids,
+        nth: Ids,
+        steps: NDArray[np.int64],
+        down_bytes: NDArray[np.int64],
+        up_bytes: NDArray[np.int64],
+    ) -> list[Spans]:
+        """The spans of the ``nth[i]``-th tasks of ``clients[i]``, of so many local steps and bytes each: ``[k]``."""
+        down, up = self.network.down(clients, down_bytes), self.network.up(clients, up_bytes)
+        stage, fraction = self.faults.draw(clients, nth)
+        columns = (down, self.compute.durations(clients, steps, nth), up, stage, fraction)
+        return list(map(Spans, *(column.tolist() for column in columns)))
+
+    def spans_of_one(self, client: int, nth: int, steps: int, down_bytes: int, up_bytes: int) -> Spans:
+        """What :meth:`spans` gives for one task, bit for bit and in a fraction of the time."""
+        if not self._repeated:
+            return self.spans(*np.array([[client], [nth], [steps], [down_bytes], [up_bytes]]))[0]
+        return Spans(
+            single.down(self.network, client, down_bytes),
+            single.duration(self.compute, client, steps, nth),
+            single.up(self.network, client, up_bytes),
+            *single.fate(self.faults, client, nth),
+        )
