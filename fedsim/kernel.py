@@ -6,9 +6,9 @@ ties by client and task, then in the order they were scheduled. The kernel knows
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from enum import IntEnum
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -65,11 +65,9 @@ class Kernel:
         self._heap: list[Entry] = []
         self._sequence = 0
         self._cancelled: set[int] = set()
-        self._following: dict[int, Any] = {}
-        """By phase, what follows when nothing that was scheduled for this instant is left."""
 
     def __len__(self) -> int:
-        return len(self._heap) - len(self._cancelled) + len(self._following)
+        return len(self._heap) - len(self._cancelled)
 
     def schedule(self, time: int, phase: Phase, event: Any, client: int = -1, task: int = -1) -> int:
         """Put ``event`` at ``time`` (ns) and return a handle to cancel it by.
@@ -80,15 +78,8 @@ class Kernel:
         if time < self.now:
             raise ValueError(f"cannot schedule at {time} ns: it is already {self.now} ns")
         self._sequence += 1
-        heapq.heappush(self._heap, (time, int(phase), client, task, self._sequence, event))
+        heappush(self._heap, (time, int(phase), client, task, self._sequence, event))
         return self._sequence
-
-    def follow(self, phase: Phase, event: Any) -> None:
-        """Put ``event`` at the end of this instant, in order of phase; once, however often it is asked for.
-
-        What comes in every instant, as these do, would pass through the heap for nothing.
-        """
-        self._following[int(phase)] = event
 
     def cancel(self, handle: int) -> None:
         """Take the scheduled event of ``handle`` out; it must not have run yet."""
@@ -96,10 +87,8 @@ class Kernel:
 
     def next_time(self) -> int | None:
         """When the next event is due, or None when nothing is left to happen."""
-        if self._following:
-            return self.now
         while self._heap and self._heap[0][4] in self._cancelled:
-            self._cancelled.remove(heapq.heappop(self._heap)[4])
+            self._cancelled.remove(heappop(self._heap)[4])
         return self._heap[0][0] if self._heap else None
 
     def advance(self, time: int) -> None:
@@ -109,8 +98,13 @@ class Kernel:
             raise ValueError(f"cannot move the clock from {self.now} to {time} ns past an event at {due} ns")
         self.now = time
 
-    def run_instant(self, handle: Callable[[Any], None]) -> None:
+    def run_instant(self, handle: Callable[[Any], None], conclude: Callable[[], bool] = lambda: False) -> None:
         """Run every event of the earliest time, those added to that instant meanwhile included.
+
+        Args:
+            handle: called with each event.
+            conclude: called when none is left, as long as it has something to do that may bring new ones: what comes
+                at the end of every instant need not pass through the heap. Each time counts as an event.
 
         Raises:
             SimulationError: if nothing is left to happen, or the instant never ends.
@@ -122,14 +116,12 @@ class Kernel:
         heap, cancelled, last = self._heap, self._cancelled, self.handled + self.limit
         while True:
             if heap and heap[0][0] == time:
-                entry = heapq.heappop(heap)
+                entry = heappop(heap)
                 if entry[4] in cancelled:
                     cancelled.remove(entry[4])
                     continue
                 handle(entry[5])
-            elif self._following:
-                handle(self._following.pop(min(self._following)))
-            else:
+            elif not conclude():
                 break
             self.handled += 1
             if self.handled > last:
@@ -147,7 +139,6 @@ class Kernel:
             "heap": list(self._heap),
             "sequence": self._sequence,
             "cancelled": set(self._cancelled),
-            "following": dict(self._following),
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -158,4 +149,3 @@ class Kernel:
         self._heap = list(snapshot["heap"])
         self._sequence = snapshot["sequence"]
         self._cancelled = set(snapshot["cancelled"])
-        self._following = dict(snapshot["following"])

@@ -86,6 +86,7 @@ class Simulation(Federation):
         self.evaluation = Evaluation(self, eval_every, client_eval_every)
         self._version = 0
         self._picks = 0
+        self._settled = True
         self._idle_changes = 0
         self._begun = False
 
@@ -310,7 +311,7 @@ class Simulation(Federation):
         self._check_limits()
         self._schedule_availability()
         self._greet(np.flatnonzero(self.system.availability.online))
-        self._request_settle()
+        self.kernel.schedule(self.kernel.now, Phase.SETTLE, ("begin", None))
 
     def _advance(self) -> None:
         """One instant."""
@@ -321,21 +322,16 @@ class Simulation(Federation):
             self.kernel.advance(to_ns(limit))
             self.stop("time_limit")
             return
-        self.kernel.run_instant(self._handle)
+        self.kernel.run_instant(self._handle, self._conclude)
         self.evaluation.at_round(self.round)
         self._check_limits()
 
     def _handle(self, event: tuple[str, Any]) -> None:
         kind, subject = event
-        if kind == "settle":
-            self.strategy.settle(self)
-            return
-        if kind == "take effect":
-            self.tasks.take_effect()
-            return
+        self._settled = False
         if kind == "availability":
             self._change_availability()
-        else:
+        elif kind != "begin":
             self._idle_changes = 0
             if kind == "arrive":
                 self.tasks.arrive(subject)
@@ -349,10 +345,17 @@ class Simulation(Federation):
                 self.links.deliver(subject)
             else:
                 self.links.deliver_exchange(subject)
-        self._request_settle()
 
-    def _request_settle(self) -> None:
-        self.kernel.follow(Phase.SETTLE, ("settle", None))
+    def _conclude(self) -> bool:
+        """Nothing else is left of this instant: settle, then let what was dispatched take effect; False when done."""
+        if not self._settled:
+            self._settled = True
+            self.strategy.settle(self)
+        elif self.tasks.requested:
+            self.tasks.take_effect()
+        else:
+            return False
+        return True
 
     def _schedule_availability(self) -> None:
         due = self.system.availability.next_change()

@@ -41,7 +41,7 @@ class Lifecycle:
         """The task that keeps each busy client busy."""
         self.busy = np.zeros(sim.clients, dtype=np.bool_)
         self._open: dict[int, LiveTask] = {}
-        self._requested: list[LiveTask] = []
+        self.requested: list[LiveTask] = []
         self._waiting: dict[int, LiveTask] = {}
         """In effect and not trained yet."""
         self._next = 0
@@ -62,15 +62,13 @@ class Lifecycle:
         self._check_free(ids)
         asked = [-1] * len(ids) if steps is None else _steps(steps, len(ids))
         starts = self._starts(start, len(ids))
-        if ids:
-            sim.kernel.follow(Phase.DISPATCH, ("take effect", None))
         order = Order(job, tag, sim.kernel.now, local, held, None if deadline is None else to_ns(deadline))
         first = self._next
         self._next += len(ids)
         for number, client, count, vector in zip(range(first, self._next), ids, asked, starts, strict=True):
             task = LiveTask(number, client, order, count, vector)
             self._open[number] = self.of_client[client] = task
-            self._requested.append(task)
+            self.requested.append(task)
             self.busy[client] = True
         return list(range(first, self._next))
 
@@ -94,14 +92,15 @@ class Lifecycle:
     def take_effect(self) -> None:
         """Start the whole batch of this instant: snapshot, plan, schedule."""
         sim = self.sim
-        batch = [task for task in self._requested if task.status is Status.REQUESTED]
-        self._requested = []
-        online = sim.system.availability.online
-        for task in batch:
-            task.version = sim.version
-            if not online[task.client]:
-                self._cut(task, "offline", sim.kernel.now)
-        batch = [task for task in batch if task.status is Status.REQUESTED]
+        requested, self.requested = self.requested, []
+        online, version, batch = sim.system.availability.online, sim.version, []
+        for task in requested:
+            if task.status is Status.REQUESTED:  # else it was cancelled in the same instant
+                task.version = version
+                if online[task.client]:
+                    batch.append(task)
+                else:
+                    self._cut(task, "offline", sim.kernel.now)
         if not batch:
             return
         self.preparation.prepare(batch, self._measure)
@@ -322,10 +321,13 @@ class Lifecycle:
         return task
 
     def _decide(self, task: LiveTask, outcome: str, applied_version: int | None = None) -> None:
-        moved = task.moved(self.sim.kernel.now, self.sim.system)
-        if task.status is not Status.ARRIVED:
+        now = self.sim.kernel.now
+        if task.status is Status.ARRIVED:
+            moved = task.down_bytes, task.up_bytes
+        else:
+            moved = task.moved(now, self.sim.system)
             self.traffic.cut(task, moved)
-        self.log.put(task.id, task.row(self.sim.kernel.now, outcome, applied_version, moved))
+        self.log.put(task.id, task.row(now, outcome, applied_version, moved))
         self.outcomes[outcome] += 1
         task.status = Status.DECIDED
         task.result = None

@@ -114,20 +114,14 @@ class LiveTask:
 
     def row(self, now: int, outcome: str, applied_version: int | None, moved: tuple[int, int]) -> tuple[Any, ...]:
         """Its row in ``events``; times it never came to are missing."""
-        last = -1 if self.status is Status.REQUESTED else self.seen_until(now)
-        order, whole = self.order, self.ended is None
-        # A client lost in the moment its work was done has not begun to send.
-        sending = self.upload_started <= last if whole else self.upload_started < last
+        order = self.order
         return (
             self.id,
             self.client,
             order.job,
             "" if order.tag is None else str(order.tag),
             order.dispatched / NS,
-            self.started / NS if self.started <= last else None,
-            self.computed / NS if self.computed <= last else None,
-            self.upload_started / NS if sending else None,
-            self.arrived / NS if whole and self.arrived <= last else None,
+            *self._times(now),
             self.version,
             applied_version,
             None if applied_version is None else applied_version - self.version,
@@ -136,6 +130,21 @@ class LiveTask:
             *moved,
             self.group,
             outcome,
+        )
+
+    def _times(self, now: int) -> tuple[float | None, ...]:
+        """Seconds at which it started, had computed, started its upload and arrived, as far as it came."""
+        if self.status is Status.ARRIVED:
+            return self.started / NS, self.computed / NS, self.upload_started / NS, self.arrived / NS
+        last = -1 if self.status is Status.REQUESTED else self.seen_until(now)
+        whole = self.ended is None
+        # A client lost in the moment its work was done has not begun to send.
+        sending = self.upload_started <= last if whole else self.upload_started < last
+        return (
+            self.started / NS if self.started <= last else None,
+            self.computed / NS if self.computed <= last else None,
+            self.upload_started / NS if sending else None,
+            self.arrived / NS if whole and self.arrived <= last else None,
         )
 
 

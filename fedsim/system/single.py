@@ -78,8 +78,9 @@ def _jitter_factor(compute: Compute, draw: Draw) -> float:
 
 
 def _transfer(nbytes: int, rate: float) -> int:
-    return _nanoseconds(nbytes / max(rate, SLOWEST))
+    return _nanoseconds(nbytes / (rate if rate > SLOWEST else SLOWEST))
 
 
 def _nanoseconds(seconds: float) -> int:
-    return round(min(seconds * NS, float(LONGEST)))
+    span = seconds * NS
+    return round(span) if span < LONGEST else LONGEST
