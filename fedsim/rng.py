@@ -24,9 +24,9 @@ _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 def _mix(word: int) -> int:
     """SplitMix64's finaliser on one Python int."""
-    word = ((word ^ (word >> 30)) * _M1) & _MASK
-    word = ((word ^ (word >> 27)) * _M2) & _MASK
-    return word ^ (word >> 31)
+    word = (word ^ word >> 30) * _M1 & _MASK
+    word = (word ^ word >> 27) * _M2 & _MASK
+    return word ^ word >> 31
 
 
 def _mix_array(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -75,7 +75,8 @@ class Draw:
 
     def nth_integer(self, high: int, n: int) -> int:
         """What ``integers(high, n + 1)[n]`` is (one key only)."""
-        return min(int(self.nth_uniform(n) * high), high - 1)
+        number = int(self.nth_uniform(n) * high)
+        return number if number < high else high - 1
 
     def exponential(self, size: int | tuple[int, ...] = ()) -> NDArray[np.float64]:
         """Exponential with mean 1."""

@@ -307,8 +307,7 @@ class Simulation(Federation):
 
     def _begin(self) -> None:
         self.strategy.start(self)
-        self.evaluation.at_round(0)
-        self._check_limits()
+        self._end_instant()
         self._schedule_availability()
         self._greet(np.flatnonzero(self.system.availability.online))
         self.kernel.schedule(self.kernel.now, Phase.SETTLE, ("begin", None))
@@ -323,8 +322,7 @@ class Simulation(Federation):
             self.stop("time_limit")
             return
         self.kernel.run_instant(self._handle, self._conclude)
-        self.evaluation.at_round(self.round)
-        self._check_limits()
+        self._end_instant()
 
     def _handle(self, event: tuple[str, Any]) -> None:
         kind, subject = event
@@ -377,11 +375,13 @@ class Simulation(Federation):
             for client in clients.tolist():
                 self.strategy.on_online(self, client)
 
-    def _check_limits(self) -> None:
-        limits, why = self.limits, None
+    def _end_instant(self) -> None:
+        """Evaluate if that is due, and see whether the run is over."""
+        limits, round, why = self.limits, self.round, None
+        self.evaluation.at_round(round)
         if limits.target is not None and self.evaluation.reached(limits.target):
             why = "target"
-        elif limits.rounds is not None and self.round >= limits.rounds:
+        elif limits.rounds is not None and round >= limits.rounds:
             why = "rounds"
         elif limits.updates is not None and self.updates >= limits.updates:
             why = "updates"

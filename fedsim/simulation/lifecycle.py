@@ -13,6 +13,7 @@ from torch import Tensor
 from fedsim.checks import SimulationError, TaskError
 from fedsim.federation import Clients, Reply
 from fedsim.kernel import Phase, to_ns
+from fedsim.local import TensorSpec
 from fedsim.record import EVENT_COLUMNS, Log
 from fedsim.simulation.preparation import Preparation
 from fedsim.simulation.states import ClientStates
@@ -77,7 +78,8 @@ class Lifecycle:
         if ids and not 0 <= min(ids) <= max(ids) < self.sim.clients:
             raise ValueError(f"clients are 0 to {self.sim.clients - 1}, asked for {min(ids)} to {max(ids)}")
         if len(set(ids)) < len(ids) or not self.of_client.keys().isdisjoint(ids):
-            twice = min(each for each in ids if self.busy[each] or ids.count(each) > 1)
+            counts = Counter(ids)
+            twice = min(each for each in ids if self.busy[each] or counts[each] > 1)
             raise ValueError(f"client {twice} has a task already: one live task per client")
 
     def _starts(self, start: Tensor | None, count: int) -> Sequence[Tensor | None]:
@@ -165,7 +167,7 @@ class Lifecycle:
     def arrive(self, task: LiveTask) -> None:
         """The result is here: free the client, check what came, hand it to the strategy."""
         sim = self.sim
-        result = self._result(task)
+        result = task.result or self._result(task)
         if result.error is not None:
             self._fail(task, result.error)
             return
@@ -176,7 +178,8 @@ class Lifecycle:
         sim.updates += 1
         sim.samples_done += task.samples
         self._lost_in_a_row = 0
-        wrong = self._malformed(result, task.order.job)
+        known = result is self.preparation.untrained.get(task.order.job)
+        wrong = "" if known else self._malformed(result.payload, self.preparation.specs[task.order.job])
         if wrong:
             sim.warn(f"rejected the result of client {task.client}, task {task.id}: {wrong}", "rejected results")
             self._decide(task, "rejected")
@@ -194,11 +197,7 @@ class Lifecycle:
         task.ended, task.why = task.upload_started, "failed"
         self.lose(task)
 
-    def _malformed(self, result: Result, job: str) -> str:
-        """What is wrong with a result that a client has sent; nothing if nobody had to train it."""
-        if result is self.preparation.untrained.get(job):
-            return ""
-        payload, spec = result.payload, self.preparation.specs[job]
+    def _malformed(self, payload: dict[str, Tensor], spec: dict[str, TensorSpec]) -> str:
         if payload.keys() != spec.keys():
             return f"it holds {sorted(payload)}, expected {sorted(spec)}"
         for name, (shape, dtype) in spec.items():

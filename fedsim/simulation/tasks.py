@@ -156,17 +156,19 @@ def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
     Raises:
         SimulationError: for a task that would last beyond the end of the clock.
     """
-    for task, spans in zip(tasks, _spans(tasks, system), strict=True):
-        task.down_time, compute_time, task.up_time = (0, spans.compute, 0) if task.order.local else spans[:3]
-        longest = max(task.down_time, compute_time, task.up_time)
+    for task, (down, compute, up, stage, fraction) in zip(tasks, _spans(tasks, system), strict=True):
+        if task.order.local:
+            down = up = 0
+        longest = max(down, compute, up)
         if longest >= LONGEST or now >= LONGEST:
             what = f"it is {now / NS:.6g} s" if now >= LONGEST else f"a task lasts {longest / NS:.6g} s or more"
             raise SimulationError(f"{what}: the clock ends at {LONGEST / NS:.4g} s of virtual time (36 years)")
-        task.started = now + task.down_time
-        task.computed = task.upload_started = task.started + compute_time
-        task.arrived = max(task.computed + task.up_time, now + 1)
-        if spans.stage != Stage.NONE:
-            task.ended = max(task.started + round(spans.fraction * compute_time), now + 1)
+        task.down_time, task.up_time = down, up
+        task.started = now + down
+        task.computed = task.upload_started = task.started + compute
+        task.arrived = max(task.computed + up, now + 1)
+        if stage != Stage.NONE:
+            task.ended = max(task.started + round(fraction * compute), now + 1)
             task.why = "dropped"
         task.status = Status.RUNNING
 

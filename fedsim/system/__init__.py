@@ -8,8 +8,6 @@ Models hold arrays over clients and plain numbers only: they can be pickled at a
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,16 +23,9 @@ from fedsim.system.network import Network, NoNetwork
 __all__ = ["LONGEST", "Availability", "Compute", "Faults", "Network", "Spans", "Stage", "System"]
 
 
-class Spans(NamedTuple):
-    """How long the parts of a task take, in whole nanoseconds, and where it is lost."""
-
-    down: int
-    compute: int
-    up: int
-    stage: int
-    """A code of :class:`Stage`."""
-    fraction: float
-    """The share of the local work that is done when it is lost."""
+Spans = tuple[int, int, int, int, float]
+"""How long a task's download, local work and upload take, in whole nanoseconds; the code of the :class:`Stage` at which
+it is lost, and the share of its local work that is done by then."""
 
 
 class System:
@@ -86,15 +77,10 @@ class System:
         down, up = self.network.down(clients, down_bytes), self.network.up(clients, up_bytes)
         stage, fraction = self.faults.draw(clients, nth)
         columns = (down, self.compute.durations(clients, steps, nth), up, stage, fraction)
-        return list(map(Spans, *(column.tolist() for column in columns)))
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def spans_of_one(self, client: int, nth: int, steps: int, down_bytes: int, up_bytes: int) -> Spans:
         """What :meth:`spans` gives for one task, bit for bit and in a fraction of the time."""
         if not self._repeated:
             return self.spans(*np.array([[client], [nth], [steps], [down_bytes], [up_bytes]]))[0]
-        return Spans(
-            single.down(self.network, client, down_bytes),
-            single.duration(self.compute, client, steps, nth),
-            single.up(self.network, client, up_bytes),
-            *single.fate(self.faults, client, nth),
-        )
+        return single.spans(self.network, self.compute, self.faults, client, nth, steps, down_bytes, up_bytes)

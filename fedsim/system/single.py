@@ -33,29 +33,36 @@ def applies(system: System) -> bool:
     )
 
 
-def down(network: Network, client: int, nbytes: int) -> int:
-    """``network.down`` for one client."""
-    return network.latency_ns + _transfer(nbytes, network.down_bytes_per_second.item(client))
+def spans(
+    network: Network,
+    compute: Compute,
+    faults: Faults,
+    client: int,
+    nth: int,
+    steps: int,
+    down_bytes: int,
+    up_bytes: int,
+) -> tuple[int, int, int, int, float]:
+    """Download, local work and upload of one task in ns, at which stage it is lost, and the share of its work by then.
 
-
-def up(network: Network, client: int, nbytes: int) -> int:
-    """``network.up`` for one client."""
-    return network.latency_ns + _transfer(nbytes, network.up_bytes_per_second.item(client))
-
-
-def duration(compute: Compute, client: int, steps: int, nth: int) -> int:
-    """``compute.durations`` for one task."""
+    Repeats ``network.down``, ``compute.durations``, ``network.up`` and ``faults.draw``.
+    """
+    latency = network.latency_ns
     seconds = compute.seconds_per_step.item(client) * steps
     if compute.jitter > 0:
         seconds *= _jitter_factor(compute, compute.jitter_draw(client, nth))
-    return _nanoseconds(seconds)
+    stage, fraction = (0, 1.0) if faults.dropout == 0 else _fate(faults, faults.dropout_draw(client, nth))
+    return (
+        latency + _nanoseconds(down_bytes / max(network.down_bytes_per_second.item(client), SLOWEST)),
+        _nanoseconds(seconds),
+        latency + _nanoseconds(up_bytes / max(network.up_bytes_per_second.item(client), SLOWEST)),
+        stage,
+        fraction,
+    )
 
 
-def fate(faults: Faults, client: int, nth: int) -> tuple[int, float]:
-    """``faults.draw`` for one task."""
-    if faults.dropout == 0:
-        return Stage.NONE, 1.0
-    draw = faults.dropout_draw(client, nth)
+def _fate(faults: Faults, draw: Draw) -> tuple[int, float]:
+    """Whether and where one task is lost."""
     if draw.nth_uniform(0) > faults.dropout:
         return Stage.NONE, 1.0
     stage = Stage.BEFORE + min(int(3 * draw.nth_uniform(1)), 2) if faults.when == "any" else STAGES[faults.when]
@@ -75,10 +82,6 @@ def _jitter_factor(compute: Compute, draw: Draw) -> float:
         return factor
     variance = math.log1p(jitter**2)
     return float(np.exp(math.sqrt(variance) * draw.nth_normal(0) - variance / 2))
-
-
-def _transfer(nbytes: int, rate: float) -> int:
-    return _nanoseconds(nbytes / (rate if rate > SLOWEST else SLOWEST))
 
 
 def _nanoseconds(seconds: float) -> int:
