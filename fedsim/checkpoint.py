@@ -23,7 +23,7 @@ from fedsim.encoding import Decoder, Encoder, UnreadableError
 
 logger = logging.getLogger("fedsim")
 
-FORMAT = 2
+FORMAT = 3
 KEPT = 2
 """Checkpoints kept: the newest, and the one before in case the newest cannot be read."""
 
@@ -34,7 +34,7 @@ OURS = {
     "fedsim.local": "LocalSGD TensorSpec",
     "fedsim.rng": "Randomness",
     "fedsim.simulation.links": "Gossip Letter",
-    "fedsim.simulation.tasks": "LiveTask Status",
+    "fedsim.simulation.tasks": "LiveTask Order Status",
     "fedsim.strategy": "Round",
     "fedsim.system.faults": "Stage",
     "fedsim.topology": "Exponential Full Grid Random Ring",

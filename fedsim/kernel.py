@@ -6,9 +6,9 @@ ties by client and task, then in the order they were scheduled. The kernel knows
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from enum import IntEnum
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class Kernel:
         if time < self.now:
             raise ValueError(f"cannot schedule at {time} ns: it is already {self.now} ns")
         self._sequence += 1
-        heapq.heappush(self._heap, (time, int(phase), client, task, self._sequence, event))
+        heappush(self._heap, (time, int(phase), client, task, self._sequence, event))
         return self._sequence
 
     def cancel(self, handle: int) -> None:
@@ -88,7 +88,7 @@ class Kernel:
     def next_time(self) -> int | None:
         """When the next event is due, or None when nothing is left to happen."""
         while self._heap and self._heap[0][4] in self._cancelled:
-            self._cancelled.remove(heapq.heappop(self._heap)[4])
+            self._cancelled.remove(heappop(self._heap)[4])
         return self._heap[0][0] if self._heap else None
 
     def advance(self, time: int) -> None:
@@ -98,8 +98,13 @@ class Kernel:
             raise ValueError(f"cannot move the clock from {self.now} to {time} ns past an event at {due} ns")
         self.now = time
 
-    def run_instant(self, handle: Callable[[Any], None]) -> None:
+    def run_instant(self, handle: Callable[[Any], None], conclude: Callable[[], bool] = lambda: False) -> None:
         """Run every event of the earliest time, those added to that instant meanwhile included.
+
+        Args:
+            handle: called with each event.
+            conclude: called when none is left, as long as it has something to do that may bring new ones: what comes
+                at the end of every instant need not pass through the heap. Each time counts as an event.
 
         Raises:
             SimulationError: if nothing is left to happen, or the instant never ends.
@@ -108,12 +113,18 @@ class Kernel:
         if time is None:
             raise SimulationError(f"nothing left to happen at {self.now / NS:.6g} s of virtual time")
         self.now = time
-        count = 0
-        while self.next_time() == time:
-            handle(heapq.heappop(self._heap)[5])
-            count += 1
+        heap, cancelled, last = self._heap, self._cancelled, self.handled + self.limit
+        while True:
+            if heap and heap[0][0] == time:
+                entry = heappop(heap)
+                if entry[4] in cancelled:
+                    cancelled.remove(entry[4])
+                    continue
+                handle(entry[5])
+            elif not conclude():
+                break
             self.handled += 1
-            if count > self.limit:
+            if self.handled > last:
                 raise SimulationError(
                     f"more than {self.limit} events at {time / NS:.6g} s of virtual time: "
                     "the strategy answers each event with another one and time stands still"

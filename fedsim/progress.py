@@ -98,7 +98,7 @@ def done(sim: Simulation) -> float:
             (sim.round, limits.rounds),
             (sim.now, limits.time_limit),
             (sim.updates, limits.updates),
-            (sim.tasks.bytes_down + sim.tasks.bytes_up, limits.bytes),
+            (sim.tasks.traffic.down + sim.tasks.traffic.up, limits.bytes),
         )
         if limit is not None
     ]

@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -68,54 +69,107 @@ METRIC_COLUMNS = {
 }
 """The first columns of ``metrics``; a float64 column per metric follows."""
 
+Row = tuple[Any, ...]
+
 NOT_HASHED = ("group",)
 """How a task was executed is no part of what happened."""
+
+
+BLOCK = 4096
+"""Rows in a block of a log."""
 
 
 class Log:
     """Rows of named, typed columns, kept in order; a row may be closed after later ones.
 
+    Rows lie in blocks. Once every row of a block is closed the block becomes arrow columns, which take a third of the
+    memory of tuples and are hashed and written without a look at single values; however long one row stays open,
+    it keeps only its own block from that.
+
     Args:
-        columns: names and types (``int64``, ``float64`` or ``string``); None in a row is a missing value.
+        columns: names and types (``int64``, ``float64`` or ``string``); None in a row is a missing value. More may
+            be added in the course of a run: rows put before are missing there.
     """
 
     def __init__(self, columns: Mapping[str, str]) -> None:
         self.columns = dict(columns)
-        self.rows: list[tuple[Any, ...] | None] = []
+        self._blocks: list[list[Row | None] | pa.RecordBatch] = []
+        self._open: list[int] = []
+        """Rows of each block that are not closed, those to come included."""
+        self._count = 0
         self._closed = 0
 
-    def columns_at(self, name: str) -> int:
-        """The position of a column in a row."""
-        return list(self.columns).index(name)
+    def __len__(self) -> int:
+        return self._count
 
-    def append(self, row: tuple[Any, ...]) -> None:
+    def append(self, row: Row) -> None:
         """Add a closed row at the end."""
-        self.rows.append(row)
+        self.put(self._count, row)
 
-    def put(self, index: int, row: tuple[Any, ...]) -> None:
-        """Close row ``index``; rows before it may still be open."""
-        if index >= len(self.rows):
-            self.rows.extend([None] * (index + 1 - len(self.rows)))
-        self.rows[index] = row
+    def put(self, index: int, row: Row) -> None:
+        """Close row ``index``, which is open; rows before it may still be."""
+        block, place = divmod(index, BLOCK)
+        if index >= self._count:
+            self._count = index + 1
+            while len(self._blocks) <= block:
+                self._blocks.append([None] * BLOCK)
+                self._open.append(BLOCK)
+                self._pack(len(self._blocks) - 2)
+        rows = self._blocks[block]
+        rows[place] = row
+        self._open[block] -= 1
+        if not self._open[block]:
+            self._pack(block)
+
+    def pop(self) -> None:
+        """Take back the row that was appended last."""
+        self._count -= 1
+        block, place = divmod(self._count, BLOCK)
+        self._blocks[block][place] = None
+        self._open[block] += 1
 
     def closed(self) -> int:
         """How many rows from the first on are closed."""
-        while self._closed < len(self.rows) and self.rows[self._closed] is not None:
-            self._closed += 1
-        return self._closed
+        while self._closed < self._count:
+            block, place = divmod(self._closed, BLOCK)
+            if not self._open[block]:
+                self._closed = (block + 1) * BLOCK
+            elif self._blocks[block][place] is not None:
+                self._closed += 1
+            else:
+                break
+        return min(self._closed, self._count)
+
+    def rows(self, first: int = 0) -> list[Row | None]:
+        """The rows from ``first`` on, None for an open one."""
+        rows: list[Row | None] = []
+        for block in range(first // BLOCK, len(self._blocks)):
+            held = self._blocks[block]
+            rows.extend(held if isinstance(held, list) else _rows(held))
+        return rows[first % BLOCK : first % BLOCK + self._count - first]
+
+    def load(self, tables: Iterable[pa.Table], rows: Iterable[Row | None] = ()) -> None:
+        """Become a log of the rows in ``tables`` and then ``rows``."""
+        self._blocks, self._open, self._count, self._closed = [], [], 0, 0
+        closed = (row for table in tables for batch in table.to_batches(BLOCK) for row in _rows(batch))
+        for index, row in enumerate(chain(closed, rows)):
+            if row is not None:
+                self.put(index, row)
 
     def table(self, first: int = 0, last: int | None = None) -> pa.Table:
-        """Rows ``first .. last - 1`` as an arrow table; all of them must be closed."""
+        """Rows ``first .. last - 1`` as an arrow table, open ones left out."""
         import pyarrow as pa
 
-        width = len(self.columns)  # a column may have come after a row
-        rows = [(*row, *[None] * (width - len(row))) for row in self.rows[first:last] if row is not None]
-        columns = list(zip(*rows, strict=True)) if rows else [()] * width
-        types = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
-        arrays = [
-            pa.array(column, type=types[kind]) for column, kind in zip(columns, self.columns.values(), strict=True)
-        ]
-        return pa.table(arrays, names=list(self.columns))
+        last = self._count if last is None else last
+        batches = []
+        for block in range(first // BLOCK, -(-last // BLOCK)):
+            held, start = self._blocks[block], block * BLOCK
+            part = slice(max(first - start, 0), min(last - start, BLOCK))
+            if isinstance(held, list):
+                batches.append(self._batch(held[part]))
+            else:
+                batches.append(self._widened(held.slice(part.start, part.stop - part.start)))
+        return pa.Table.from_batches(batches, self._schema())
 
     def frame(self) -> pd.DataFrame:
         """All rows as pandas gives them back from the parquet files."""
@@ -124,20 +178,56 @@ class Log:
 
     def sha256(self) -> str:
         """Hash over the values, column by column in row order, without the columns of ``NOT_HASHED``."""
-        total = hashlib.sha256()
-        for position, (name, kind) in enumerate(self.columns.items()):
+        import pyarrow.compute as pc
+
+        total, table = hashlib.sha256(), self.table()
+        for name, kind in self.columns.items():
             if name in NOT_HASHED:
                 continue
-            values = [row[position] for row in self.rows if row is not None]
-            total.update(f"{name}:{kind}:{len(values)}\n".encode())
+            chunks = table.column(name).chunks
+            total.update(f"{name}:{kind}:{len(table)}\n".encode())
             if kind == "string":
-                total.update("\n".join(map(str, values)).encode())
+                for number, chunk in enumerate(chunks):
+                    total.update(("\n" * bool(number) + "\n".join(map(str, chunk.to_pylist()))).encode())
             else:
-                missing = np.array([value is None for value in values], dtype=np.bool_)
-                filled = [0 if value is None else value for value in values]
-                total.update(missing.tobytes())
-                total.update(np.array(filled, dtype=kind).astype(f"<{kind[0]}8").tobytes())
+                for chunk in chunks:
+                    total.update(pc.is_null(chunk).to_numpy(zero_copy_only=False).tobytes())
+                for chunk in chunks:
+                    total.update(pc.fill_null(chunk, 0).to_numpy().astype(f"<{kind[0]}8").tobytes())
         return total.hexdigest()
+
+    def _pack(self, block: int) -> None:
+        """Make a block columns once all of it is closed; the last one stays rows, for its end may be taken back."""
+        if 0 <= block < len(self._blocks) - 1 and not self._open[block]:
+            self._blocks[block] = self._batch(self._blocks[block])
+
+    def _batch(self, rows: Iterable[Row | None]) -> pa.RecordBatch:
+        import pyarrow as pa
+
+        width = len(self.columns)  # a column may have come after a row
+        filled = [row if len(row) == width else (*row, *[None] * (width - len(row))) for row in rows if row is not None]
+        columns = zip(*filled, strict=True) if filled else [()] * width
+        schema = self._schema()
+        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def _widened(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """A block with the columns that have come since."""
+        import pyarrow as pa
+
+        schema = self._schema()
+        later = [pa.nulls(len(batch), field.type) for field in list(schema)[batch.num_columns :]]
+        return pa.RecordBatch.from_arrays([*batch.columns, *later], schema=schema) if later else batch
+
+    def _schema(self) -> pa.Schema:
+        import pyarrow as pa
+
+        types = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
+        return pa.schema([(name, types[kind]) for name, kind in self.columns.items()])
+
+
+def _rows(batch: pa.RecordBatch) -> list[Row]:
+    return list(zip(*(column.to_pylist() for column in batch.columns), strict=True))
 
 
 class RunDirectory:
@@ -247,8 +337,8 @@ class RunDirectory:
                     part.unlink()
         self._parts, self._written = dict(parts), dict(rows)
 
-    def read_back(self, name: str, parts: int, count: int) -> list[tuple[Any, ...] | None]:
-        """The ``count`` rows in the first ``parts`` parts of a table, for a log to begin with.
+    def read_back(self, name: str, parts: int, count: int) -> list[pa.Table]:
+        """The first ``parts`` parts of a table, ``count`` rows together, for a log to begin with.
 
         Raises:
             FedsimError: if they are not there.
@@ -256,17 +346,17 @@ class RunDirectory:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        rows: list[tuple[Any, ...] | None] = []
+        tables = []
         for number in range(parts):
             path = self.path / f"{name}.parquet" / f"part-{number:06d}.parquet"
             try:
-                table = pq.read_table(path)
+                tables.append(pq.read_table(path))
             except (OSError, pa.ArrowException) as error:
                 raise FedsimError(f"{path}: is damaged, and the checkpoint counts on it ({said(error)})") from None
-            rows.extend(zip(*(column.to_pylist() for column in table.columns), strict=True))
-        if len(rows) != count:
-            raise FedsimError(f"{self.path / name}.parquet: holds {len(rows)} rows, the checkpoint was made at {count}")
-        return rows
+        held = sum(len(table) for table in tables)
+        if held != count:
+            raise FedsimError(f"{self.path / name}.parquet: holds {held} rows, the checkpoint was made at {count}")
+        return tables
 
     def write_log(self, name: str, log: Log) -> None:
         """Write a whole log as a table of one part, in place of what was there."""

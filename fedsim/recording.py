@@ -174,7 +174,7 @@ class Recording:
         try:
             self.directory.write_log("metrics", sim.evaluation.log)  # short, and a view may add a column late
             self.directory.flush("events", sim.tasks.log)
-            if sim.links.log.rows:
+            if len(sim.links.log):
                 self.directory.flush("links", sim.links.log)
         except OSError as error:
             raise self._unwritable(error) from error
@@ -254,8 +254,8 @@ class Recording:
         )
 
     def _manifest(self, sim: Simulation, pool: Mapping[str, Any]) -> dict[str, Any]:
-        groups = [row[sim.tasks.log.columns_at("group")] for row in sim.tasks.log.rows if row is not None]
-        trained = np.array([size for size in groups if size > 0])
+        groups = sim.tasks.log.table().column("group").to_numpy()
+        trained = groups[groups > 0]
         reached = {"min": 0, "mean": 0.0, "max": 0}
         if len(trained):
             # Each group is counted once: a group of g tasks stands in g rows.
@@ -271,7 +271,7 @@ class Recording:
             "events_sha256": sim.tasks.log.sha256(),
             "clock": "virtual",
             "wall_seconds": round(seconds, 3),
-            "tasks_per_second": round(len(sim.tasks.log.rows) / seconds, 1),
+            "tasks_per_second": round(len(sim.tasks.log) / seconds, 1),
             "peak_memory_bytes": _peak_memory(),
             "pool": dict(pool),
             "group_sizes": reached,
@@ -361,20 +361,16 @@ def client_table(sim: Simulation) -> dict[str, Any]:
 
     Bandwidths in bytes per second, inf for none.
     """
-    applied, tasks = np.zeros(sim.clients, dtype=np.int64), np.zeros(sim.clients, dtype=np.int64)
-    who, how = sim.tasks.log.columns_at("client"), sim.tasks.log.columns_at("outcome")
-    for row in sim.tasks.log.rows:
-        if row is not None:
-            tasks[row[who]] += 1
-            applied[row[who]] += row[how] == "applied"
+    log = sim.tasks.log.table()
+    who, how = (log.column(name).to_numpy() for name in ("client", "outcome"))
     return {
         "client": np.arange(sim.clients),
         **sim.problem.client_table(),
         "seconds_per_step": sim.system.compute.seconds_per_step,
         "down_bytes_per_second": sim.system.network.down_bytes_per_second,
         "up_bytes_per_second": sim.system.network.up_bytes_per_second,
-        "tasks": tasks,
-        "applied": applied,
+        "tasks": np.bincount(who, minlength=sim.clients),
+        "applied": np.bincount(who[how == "applied"], minlength=sim.clients),
         **sim.evaluation.per_client(),
     }
 

@@ -9,6 +9,7 @@ stream, so nothing has to be saved, replayed or seeded globally.
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -23,9 +24,9 @@ _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 def _mix(word: int) -> int:
     """SplitMix64's finaliser on one Python int."""
-    word = ((word ^ (word >> 30)) * _M1) & _MASK
-    word = ((word ^ (word >> 27)) * _M2) & _MASK
-    return word ^ (word >> 31)
+    word = (word ^ word >> 30) * _M1 & _MASK
+    word = (word ^ word >> 27) * _M2 & _MASK
+    return word ^ word >> 31
 
 
 def _mix_array(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -62,6 +63,20 @@ class Draw:
         """Uniform in the open interval (0, 1)."""
         # 52 bits and a half: the largest value is 1 - 2^-53, exactly representable and below 1.
         return ((self.words(size) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+    def nth_uniform(self, n: int) -> float:
+        """What ``uniform(n + 1)[n]`` is, in plain Python: for one number that costs a tenth (one key only)."""
+        return ((_mix((int(self.key) + (n + 1) * _GOLDEN) & _MASK) >> 12) + 0.5) * 2.0**-52
+
+    def nth_normal(self, n: int) -> float:
+        """What ``normal(n + 1)[n]`` is (one key only)."""
+        radius = math.sqrt(-2.0 * float(np.log(self.nth_uniform(2 * n))))
+        return radius * float(np.cos(2.0 * math.pi * self.nth_uniform(2 * n + 1)))
+
+    def nth_integer(self, high: int, n: int) -> int:
+        """What ``integers(high, n + 1)[n]`` is (one key only)."""
+        number = int(self.nth_uniform(n) * high)
+        return number if number < high else high - 1
 
     def exponential(self, size: int | tuple[int, ...] = ()) -> NDArray[np.float64]:
         """Exponential with mean 1."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ from fedsim.simulation.stop import Stop
 from fedsim.strategy import Strategy
 from fedsim.system import System
 from fedsim.vectors import all_finite
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger("fedsim")
 
@@ -83,7 +86,7 @@ class Simulation(Federation):
         self.evaluation = Evaluation(self, eval_every, client_eval_every)
         self._version = 0
         self._picks = 0
-        self._settling = False
+        self._settled = True
         self._idle_changes = 0
         self._begun = False
 
@@ -145,10 +148,22 @@ class Simulation(Federation):
 
         Tries are uniform, so the first ``k`` different idle ones are a uniform draw of the idle.
         """
-        tried = self.randomness("pick by trial", self._picks).integers(self.clients, 4 * k + 8)
+        draw, tries = self.randomness("pick by trial", self._picks), 4 * k + 8
+        if k == 1:
+            return self._pick_one(draw, tries)
+        tried = draw.integers(self.clients, tries)
         idle = tried[self.system.availability.online[tried] & ~self.tasks.busy[tried]]
         _, first = np.unique(idle, return_index=True)
         return np.sort(idle[np.sort(first)[:k]]) if len(first) >= k else None
+
+    def _pick_one(self, draw: Draw, tries: int) -> NDArray[np.int64] | None:
+        """The first idle one of those that would be tried: most often it is the first, and the only one drawn."""
+        online, busy = self.system.availability.online, self.tasks.busy
+        for n in range(tries):
+            client = draw.nth_integer(self.clients, n)
+            if online[client] and not busy[client]:
+                return np.array([client])
+        return None
 
     def dispatch(
         self,
@@ -216,11 +231,11 @@ class Simulation(Federation):
 
     def state(self, client: int, name: str) -> Tensor:
         """A copy of a client's committed state."""
-        return self.tasks.state_of(client)[name].clone()
+        return self.tasks.states.of(client)[name].clone()
 
     def kept(self, name: str) -> dict[int, Tensor]:
         """Copies of all clients' committed states of that name."""
-        return self.tasks.kept(name)
+        return self.tasks.states.kept(name)
 
     def profile(self, clients: NDArray[np.int64], steps: int | NDArray[np.int64]) -> NDArray[np.float64]:
         """Expected seconds of a task by each client."""
@@ -270,9 +285,7 @@ class Simulation(Federation):
             "availability": attributes_of(self.system.availability),
         }
 
-    def restore(
-        self, snapshot: dict[str, Any], events: list[tuple[Any, ...] | None], links: list[tuple[Any, ...] | None]
-    ) -> None:
+    def restore(self, snapshot: dict[str, Any], events: list[pa.Table], links: list[pa.Table]) -> None:
         """Become what :meth:`snapshot` saw; :meth:`run` then goes on from there.
 
         Args:
@@ -294,11 +307,10 @@ class Simulation(Federation):
 
     def _begin(self) -> None:
         self.strategy.start(self)
-        self.evaluation.at_round(0)
-        self._check_limits()
+        self._end_instant()
         self._schedule_availability()
         self._greet(np.flatnonzero(self.system.availability.online))
-        self._request_settle()
+        self.kernel.schedule(self.kernel.now, Phase.SETTLE, ("begin", None))
 
     def _advance(self) -> None:
         """One instant."""
@@ -309,22 +321,15 @@ class Simulation(Federation):
             self.kernel.advance(to_ns(limit))
             self.stop("time_limit")
             return
-        self.kernel.run_instant(self._handle)
-        self.evaluation.at_round(self.round)
-        self._check_limits()
+        self.kernel.run_instant(self._handle, self._conclude)
+        self._end_instant()
 
     def _handle(self, event: tuple[str, Any]) -> None:
         kind, subject = event
-        if kind == "settle":
-            self._settling = False
-            self.strategy.settle(self)
-            return
-        if kind == "take effect":
-            self.tasks.take_effect()
-            return
+        self._settled = False
         if kind == "availability":
             self._change_availability()
-        else:
+        elif kind != "begin":
             self._idle_changes = 0
             if kind == "arrive":
                 self.tasks.arrive(subject)
@@ -338,12 +343,17 @@ class Simulation(Federation):
                 self.links.deliver(subject)
             else:
                 self.links.deliver_exchange(subject)
-        self._request_settle()
 
-    def _request_settle(self) -> None:
-        if not self._settling:
-            self._settling = True
-            self.kernel.schedule(self.kernel.now, Phase.SETTLE, ("settle", None))
+    def _conclude(self) -> bool:
+        """Nothing else is left of this instant: settle, then let what was dispatched take effect; False when done."""
+        if not self._settled:
+            self._settled = True
+            self.strategy.settle(self)
+        elif self.tasks.requested:
+            self.tasks.take_effect()
+        else:
+            return False
+        return True
 
     def _schedule_availability(self) -> None:
         due = self.system.availability.next_change()
@@ -365,11 +375,13 @@ class Simulation(Federation):
             for client in clients.tolist():
                 self.strategy.on_online(self, client)
 
-    def _check_limits(self) -> None:
-        limits, why = self.limits, None
+    def _end_instant(self) -> None:
+        """Evaluate if that is due, and see whether the run is over."""
+        limits, round, why = self.limits, self.round, None
+        self.evaluation.at_round(round)
         if limits.target is not None and self.evaluation.reached(limits.target):
             why = "target"
-        elif limits.rounds is not None and self.round >= limits.rounds:
+        elif limits.rounds is not None and round >= limits.rounds:
             why = "rounds"
         elif limits.updates is not None and self.updates >= limits.updates:
             why = "updates"
@@ -380,7 +392,7 @@ class Simulation(Federation):
 
     def bytes_moved(self) -> tuple[int, int]:
         """Bytes so far, down and up; what peers send counts as up."""
-        down, up = self.tasks.bytes_moved()
+        down, up = self.tasks.traffic.total(self.kernel.now)
         return down, up + self.links.bytes_moved()
 
     def warn(self, text: str, kind: str) -> None:

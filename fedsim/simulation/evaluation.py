@@ -58,7 +58,7 @@ class Evaluation:
         if not self.every or (self._taken == moment and (not clients or self._clients_taken == moment)):
             return
         if self._taken == moment:
-            self.log.rows.pop()  # one row for one moment: the new one says the same and more
+            self.log.pop()  # one row for one moment: the new one says the same and more
         self._take(clients)
 
     def per_client(self) -> Columns:
@@ -87,7 +87,7 @@ class Evaluation:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that :meth:`restore` needs, the whole log included: it is short."""
-        log = {"columns": self.log.columns, "rows": self.log.rows}
+        log = {"columns": self.log.columns, "rows": self.log.rows()}
         due = {"next": self._next, "next_clients": self._next_clients}
         return {"latest": self.latest, "taken": self._taken, "clients_taken": self._clients_taken, **due, **log}
 
@@ -97,7 +97,8 @@ class Evaluation:
             snapshot[name] for name in ("latest", "taken", "clients_taken")
         )
         self._next, self._next_clients = snapshot["next"], snapshot["next_clients"]
-        self.log.columns, self.log.rows = snapshot["columns"], snapshot["rows"]
+        self.log.columns = snapshot["columns"]
+        self.log.load([], snapshot["rows"])
 
     def _moment(self) -> tuple[int, int, int]:
         return self.sim.kernel.now, self.sim.updates, self.sim.version

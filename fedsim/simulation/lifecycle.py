@@ -7,26 +7,25 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.checks import SimulationError, TaskError
 from fedsim.federation import Clients, Reply
 from fedsim.kernel import Phase, to_ns
-from fedsim.local import LocalSGD, TensorSpec
+from fedsim.local import TensorSpec
 from fedsim.record import EVENT_COLUMNS, Log
-from fedsim.simulation.tasks import LiveTask, Status, plan
-from fedsim.system import Stage
-from fedsim.training import Result, Work
+from fedsim.simulation.preparation import Preparation
+from fedsim.simulation.states import ClientStates
+from fedsim.simulation.tasks import LiveTask, Order, Status, plan
+from fedsim.simulation.traffic import Traffic
+from fedsim.training import Result
 from fedsim.vectors import all_finite
-from fedsim.wire import message_bytes
 
 if TYPE_CHECKING:
-    from fedsim.simulation.engine import Simulation
+    import pyarrow as pa
 
-Copies = dict[int, tuple[Tensor, Tensor]]
-"""A tensor and its newest copy, by the tensor's identity."""
+    from fedsim.simulation.engine import Simulation
 
 
 class Lifecycle:
@@ -36,20 +35,17 @@ class Lifecycle:
         self.sim = sim
         self.log = Log(EVENT_COLUMNS)
         self.outcomes: Counter[str] = Counter()
-        self.bytes_down = self.bytes_up = 0
-        """Bytes of the tasks in the log."""
+        self.states = ClientStates(sim.strategy.jobs, sim.layout)
+        self.traffic = Traffic(sim.system)
+        self.preparation = Preparation(sim)
         self.of_client: dict[int, LiveTask] = {}
         """The task that keeps each busy client busy."""
         self.busy = np.zeros(sim.clients, dtype=np.bool_)
         self._open: dict[int, LiveTask] = {}
-        self._requested: list[LiveTask] = []
+        self.requested: list[LiveTask] = []
         self._waiting: dict[int, LiveTask] = {}
         """In effect and not trained yet."""
-        self._nth = np.zeros(sim.clients, dtype=np.int64)
         self._next = 0
-        self._states: dict[int, dict[str, Tensor]] = {}
-        self._specs = {name: rule.payload_spec(sim.layout) for name, rule in sim.strategy.jobs.items()}
-        self._up_bytes = {name: message_bytes(spec.values(), sim.layout) for name, spec in self._specs.items()}
         self._lost_in_a_row = 0
         self._on_offline = sim.system.faults.offline_policy(sim.system.availability.slotted)
 
@@ -61,30 +57,30 @@ class Lifecycle:
     ) -> list[int]:  # fmt: skip
         """``Federation.dispatch``: mark clients busy; the batch takes effect at the end of the instant."""
         sim = self.sim
-        ids = np.atleast_1d(np.asarray(clients, dtype=np.int64))
+        ids = _ids(clients)
         if job not in sim.strategy.jobs:
             raise ValueError(f"no job '{job}', the strategy has {sorted(sim.strategy.jobs)}")
-        if len(ids) and (ids.min() < 0 or ids.max() >= sim.clients):
-            raise ValueError(f"clients are 0 to {sim.clients - 1}, asked for {ids.min()} to {ids.max()}")
-        unique, counts = np.unique(ids, return_counts=True)
-        twice = unique[(counts > 1) | self.busy[unique]]
-        if len(twice):
-            raise ValueError(f"client {twice[0]} has a task already: one live task per client")
-        asked = np.broadcast_to(np.asarray(-1 if steps is None else steps, dtype=np.int64), ids.shape)
-        if steps is not None and len(ids) and asked.min() < 0:
-            raise ValueError(f"steps={asked.min()}: must be >= 0")
+        self._check_free(ids)
+        asked = [-1] * len(ids) if steps is None else _steps(steps, len(ids))
         starts = self._starts(start, len(ids))
-        until = None if deadline is None else to_ns(deadline)
-        if len(ids) and not self._requested:
-            sim.kernel.schedule(sim.kernel.now, Phase.DISPATCH, ("take effect", None))
+        order = Order(job, tag, sim.kernel.now, local, held, None if deadline is None else to_ns(deadline))
         first = self._next
-        for client, count, vector in zip(ids.tolist(), asked.tolist(), starts, strict=True):
-            task = LiveTask(self._next, client, job, tag, sim.kernel.now, count, vector, local, held, until)
-            self._next += 1
-            self._open[task.id] = self.of_client[client] = task
-            self._requested.append(task)
-        self.busy[ids] = True
+        self._next += len(ids)
+        for number, client, count, vector in zip(range(first, self._next), ids, asked, starts, strict=True):
+            task = LiveTask(number, client, order, count, vector)
+            self._open[number] = self.of_client[client] = task
+            self.requested.append(task)
+            self.busy[client] = True
         return list(range(first, self._next))
+
+    def _check_free(self, ids: list[int]) -> None:
+        """Refuse clients that there are not, or that have a task already."""
+        if ids and not 0 <= min(ids) <= max(ids) < self.sim.clients:
+            raise ValueError(f"clients are 0 to {self.sim.clients - 1}, asked for {min(ids)} to {max(ids)}")
+        if len(set(ids)) < len(ids) or not self.of_client.keys().isdisjoint(ids):
+            counts = Counter(ids)
+            twice = min(each for each in ids if self.busy[each] or counts[each] > 1)
+            raise ValueError(f"client {twice} has a task already: one live task per client")
 
     def _starts(self, start: Tensor | None, count: int) -> Sequence[Tensor | None]:
         if start is None:
@@ -98,56 +94,31 @@ class Lifecycle:
     def take_effect(self) -> None:
         """Start the whole batch of this instant: snapshot, plan, schedule."""
         sim = self.sim
-        batch = [task for task in self._requested if task.status is Status.REQUESTED]
-        self._requested = []
-        online = sim.system.availability.online
-        for task in batch:
-            task.version = sim.version
-            if not online[task.client]:
-                self._cut(task, "offline", sim.kernel.now)
-        batch = [task for task in batch if task.status is Status.REQUESTED]
+        requested, self.requested = self.requested, []
+        online, version, batch = sim.system.availability.online, sim.version, []
+        for task in requested:
+            if task.status is Status.REQUESTED:  # else it was cancelled in the same instant
+                task.version = version
+                if online[task.client]:
+                    batch.append(task)
+                else:
+                    self._cut(task, "offline", sim.kernel.now)
         if not batch:
             return
-        copies: Copies = {}
-        for job in dict.fromkeys(task.job for task in batch):
-            self._prepare([task for task in batch if task.job == job], sim.strategy.jobs[job], copies)
+        self.preparation.prepare(batch, self._measure)
         plan(batch, sim.system, sim.kernel.now)
         for task in batch:
+            self.traffic.begin(task)
             self._schedule(task)
-            if task.stage is not Stage.NONE:
+            if task.ended is not None:
                 task.work = task.result = None  # it will drop out, so nobody will see its result
             elif task.result is None:
                 self._waiting[task.id] = task
 
-    def _prepare(self, tasks: list[LiveTask], rule: LocalSGD, copies: Copies) -> None:
-        """Count steps and bytes and take the snapshot the tasks will be trained from."""
-        sim = self.sim
-        clients = np.array([task.client for task in tasks])
-        samples = sim.samples[clients]
-        asked = np.array([task.steps for task in tasks])
-        steps = np.where(samples == 0, 0, np.where(asked < 0, rule.local_steps(clients, samples), asked))
-        rate = rule.rate(sim.round)
-        for task, count in zip(tasks, steps.tolist(), strict=True):
-            task.steps = count
-            task.nth = int(self._nth[task.client])
-            self._nth[task.client] += 1
-            message = {
-                name: _snapshot(tensor, copies) for name, tensor in sim.strategy.message(sim, task.view()).items()
-            }
-            start = sim.current if task.start is None else task.start
-            if not task.local:
-                specs = [TensorSpec(tuple(each.shape), each.dtype) for each in message.values()]
-                task.down_bytes = message_bytes(specs, sim.layout) + (0 if task.held else sim.layout.nbytes)
-                task.up_bytes = self._up_bytes[task.job]
-            task.start = None
-            state = {name: each for name, each in self.state_of(task.client).items() if name not in rule.unread}
-            task.work = Work(task.id, task.client, task.nth, task.job, start, message, state, rate, count)
-            if rule.measured:
-                self._train([task])
-                task.steps = self._result(task).steps
-        examples = rule.examples(np.array([task.steps for task in tasks]), samples)
-        for task, count in zip(tasks, examples.tolist(), strict=True):
-            task.samples = count
+    def _measure(self, task: LiveTask) -> None:
+        """Train a task now, for how long it takes depends on the outcome."""
+        self._train([task])
+        task.steps = self._result(task).steps
 
     def _schedule(self, task: LiveTask) -> None:
         """Put the task's end into the heap: its arrival, or when the server notices that it is lost."""
@@ -159,8 +130,8 @@ class Lifecycle:
             delay = 0 if task.why == "offline" else self.sim.system.faults.detect_ns
             seen = max(task.ended, kernel.now) + delay
             task.handle = kernel.schedule(seen, Phase.LOSS, ("lose", task), task.client, task.id)
-        if task.deadline is not None and task.deadline_handle is None:
-            at = max(task.deadline, kernel.now + 1)
+        if task.order.deadline is not None and task.deadline_handle is None:
+            at = max(task.order.deadline, kernel.now + 1)
             task.deadline_handle = kernel.schedule(at, Phase.LOSS, ("expire", task), task.client, task.id)
 
     # ---- training --------------------------------------------------------------------------------
@@ -196,24 +167,26 @@ class Lifecycle:
     def arrive(self, task: LiveTask) -> None:
         """The result is here: free the client, check what came, hand it to the strategy."""
         sim = self.sim
-        result = self._result(task)
+        result = task.result or self._result(task)
         if result.error is not None:
             self._fail(task, result.error)
             return
         task.handle = None
         task.status = Status.ARRIVED
         self._release(task)
+        self.traffic.arrive(task)
         sim.updates += 1
         sim.samples_done += task.samples
         self._lost_in_a_row = 0
-        wrong = self._malformed(result.payload, self._specs[task.job])
+        known = result is self.preparation.untrained.get(task.order.job)
+        wrong = "" if known else self._malformed(result.payload, self.preparation.specs[task.order.job])
         if wrong:
             sim.warn(f"rejected the result of client {task.client}, task {task.id}: {wrong}", "rejected results")
             self._decide(task, "rejected")
             sim.strategy.on_lost(sim, task.view(), "rejected")
             return
-        reply = Reply(task.view(), sim.now, int(sim.samples[task.client]), result.payload)
-        sim.strategy.on_reply(sim, reply)
+        payload = dict(result.payload)  # the strategy's own, and the result may be every task's
+        sim.strategy.on_reply(sim, Reply(task.view(), sim.now, sim.samples.item(task.client), payload))
 
     def _fail(self, task: LiveTask, error: TaskError) -> None:
         """Client code raised: the end of the run, or, if the faults model says so, of the task before its upload."""
@@ -279,7 +252,6 @@ class Lifecycle:
         task.status = Status.LOST
         if requested:  # never came into effect: nothing was planned, nothing moved
             task.started = task.computed = task.upload_started = task.arrived = at + 1
-            task.down_bytes = task.up_bytes = 0
         self._schedule(task)
 
     def _stop_work(self, task: LiveTask, why: str, at: int) -> None:
@@ -333,8 +305,7 @@ class Lifecycle:
         """A published model was made from this reply: it is applied and its client's new state kept."""
         task = self._arrived(reply)
         assert task.result is not None
-        if task.result.state:
-            self._states[task.client] = {**self.state_of(task.client), **task.result.state}
+        self.states.commit(task.client, task.result.state)
         self.sim.staleness_sum += version - task.version
         self._decide(task, "applied", version)
 
@@ -349,10 +320,13 @@ class Lifecycle:
         return task
 
     def _decide(self, task: LiveTask, outcome: str, applied_version: int | None = None) -> None:
-        moved = task.moved(self.sim.kernel.now, self.sim.system)
-        self.log.put(task.id, task.row(self.sim.kernel.now, outcome, applied_version, moved))
-        self.bytes_down += moved[0]
-        self.bytes_up += moved[1]
+        now = self.sim.kernel.now
+        if task.status is Status.ARRIVED:
+            moved = task.down_bytes, task.up_bytes
+        else:
+            moved = task.moved(now, self.sim.system)
+            self.traffic.cut(task, moved)
+        self.log.put(task.id, task.row(now, outcome, applied_version, moved))
         self.outcomes[outcome] += 1
         task.status = Status.DECIDED
         task.result = None
@@ -362,35 +336,6 @@ class Lifecycle:
         """The run is over: whatever is still open is pending, or failed if it is the task that ended the run."""
         for task in list(self._open.values()):
             self._decide(task, "failed" if task.id == failed else "pending")
-
-    def bytes_moved(self) -> tuple[int, int]:
-        """All bytes moved so far, down and up, parts of running transfers included."""
-        down, up = self.bytes_down, self.bytes_up
-        for task in self._open.values():
-            moved = task.moved(self.sim.kernel.now, self.sim.system)
-            down, up = down + moved[0], up + moved[1]
-        return down, up
-
-    # ---- client state ----------------------------------------------------------------------------
-
-    def state_of(self, client: int) -> dict[str, Tensor]:
-        """A client's committed state; made when first asked for and never written to in place."""
-        if client not in self._states:
-            fresh: dict[str, Tensor] = {}
-            for rule in self.sim.strategy.jobs.values():
-                fresh.update(rule.initial_state(self.sim.layout))
-            if not fresh:
-                return fresh
-            self._states[client] = fresh
-        return self._states[client]
-
-    def kept(self, name: str) -> dict[int, Tensor]:
-        """``Federation.kept``."""
-        return {
-            client: self._states[client][name].clone()
-            for client in sorted(self._states)
-            if name in self._states[client]
-        }
 
     # ---- stop and resume -------------------------------------------------------------------------
 
@@ -403,37 +348,40 @@ class Lifecycle:
         closed = self.log.closed()
         return {
             "outcomes": self.outcomes,
-            "bytes": (self.bytes_down, self.bytes_up),
+            "traffic": self.traffic.snapshot(),
             "busy": list(self.of_client.values()),
             "open": list(self._open.values()),
-            "nth": self._nth,
+            "nth": self.preparation.nth,
             "next": self._next,
-            "states": self._states,
+            "states": self.states.held,
             "lost_in_a_row": self._lost_in_a_row,
             "rows": closed,
-            "later_rows": self.log.rows[closed:],
+            "later_rows": self.log.rows(closed),
         }
 
-    def restore(self, snapshot: dict[str, Any], rows: list[tuple[Any, ...] | None]) -> None:
+    def restore(self, snapshot: dict[str, Any], rows: list[pa.Table]) -> None:
         """Become what :meth:`snapshot` saw; ``rows`` are the log's first ones, which were on disk."""
         self.outcomes = snapshot["outcomes"]
-        self.bytes_down, self.bytes_up = snapshot["bytes"]
+        self.traffic.restore(snapshot["traffic"], snapshot["open"])
         self.of_client = {task.client: task for task in snapshot["busy"]}
         self.busy[list(self.of_client)] = True
         self._open = {task.id: task for task in snapshot["open"]}
         self._waiting = {task.id: task for task in snapshot["open"] if task.work is not None}
-        self._nth, self._next = snapshot["nth"], snapshot["next"]
-        self._states = snapshot["states"]
+        self.preparation.nth, self._next = snapshot["nth"], snapshot["next"]
+        self.states.held = snapshot["states"]
         self._lost_in_a_row = snapshot["lost_in_a_row"]
-        self.log.rows = [*rows, *snapshot["later_rows"]]
+        self.log.load(rows, snapshot["later_rows"])
 
 
-def _snapshot(tensor: Tensor, copies: Copies) -> Tensor:
-    """A copy that later changes by the strategy cannot reach; tasks of one batch share it.
+def _ids(clients: Clients) -> list[int]:
+    """One client or several as a list."""
+    ids = np.asarray(clients, dtype=np.int64).tolist()
+    return ids if isinstance(ids, list) else [ids]
 
-    A buffer filled anew for every task is one tensor with several contents, so they are compared before sharing.
-    """
-    known = copies.get(id(tensor))
-    if known is None or not torch.equal(known[1], tensor):
-        copies[id(tensor)] = known = (tensor, tensor.detach().clone())
-    return known[1]
+
+def _steps(steps: Any, count: int) -> list[int]:
+    """Local steps asked for, one number or one per client."""
+    asked = np.broadcast_to(np.asarray(steps, dtype=np.int64), (count,))
+    if count and asked.min() < 0:
+        raise ValueError(f"steps={asked.min()}: must be >= 0")
+    return [int(each) for each in asked]

@@ -17,6 +17,8 @@ from fedsim.record import LINK_COLUMNS, Log
 from fedsim.wire import message_bytes
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from fedsim.simulation.engine import Simulation
 
 
@@ -165,14 +167,14 @@ class Links:
     def snapshot(self) -> dict[str, Any]:
         """Everything that :meth:`restore` needs; shared with the run, not copied."""
         under_way = {"letters": list(self._letters), "gossip": list(self._gossip)}
-        return {"bytes_done": self._bytes_done, "rows": len(self.log.rows), **under_way}
+        return {"bytes_done": self._bytes_done, "rows": len(self.log), **under_way}
 
-    def restore(self, snapshot: dict[str, Any], rows: list[tuple[Any, ...] | None]) -> None:
+    def restore(self, snapshot: dict[str, Any], rows: list[pa.Table]) -> None:
         """Become what :meth:`snapshot` saw; ``rows`` are the log's, which were on disk."""
         self._bytes_done = snapshot["bytes_done"]
         self._letters = dict.fromkeys(snapshot["letters"])
         self._gossip = dict.fromkeys(snapshot["gossip"])
-        self.log.rows = rows
+        self.log.load(rows)
 
 
 def _among_online(mixing_matrix: Tensor, online: NDArray[np.bool_]) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from fedsim.checks import SimulationError
 from fedsim.federation import Task
 from fedsim.kernel import NS
-from fedsim.system import LONGEST, Stage, System
+from fedsim.system import LONGEST, Spans, Stage, System
 from fedsim.training import Result, Work
 
 
@@ -30,51 +29,58 @@ class Status(Enum):
     DECIDED = "decided"
 
 
-@dataclass(slots=True)
-class LiveTask:
-    """One dispatched task. Times are whole nanoseconds of virtual time, sizes bytes."""
+class Order(NamedTuple):
+    """What all tasks of one dispatch share. Times are whole nanoseconds of virtual time."""
 
-    id: int
-    client: int
     job: str
     tag: Any
     dispatched: int
-    steps: int
-    """Local steps; -1 until the job's own count is asked for at take-effect."""
-    start: Tensor | None
-    """What to start from; None is the model at take-effect."""
     local: bool
     held: bool
     deadline: int | None
-    version: int = 0
-    status: Status = Status.REQUESTED
-    nth: int = -1
-    samples: int = 0
+
+
+class LiveTask:
+    """One dispatched task. Times are whole nanoseconds of virtual time, sizes bytes.
+
+    What most tasks never come to is an attribute of the class until it happens: a run makes many tasks.
+    """
+
+    version = 0
+    status = Status.REQUESTED
+    nth = -1
+    samples = 0
     """Training examples it works through."""
     work: Work | None = None
     """All that training needs, taken at take-effect; gone once it is trained."""
     result: Result | None = None
-    down_bytes: int = 0
-    up_bytes: int = 0
-    down_time: int = 0
-    up_time: int = 0
-    started: int = 0
-    computed: int = 0
-    upload_started: int = 0
-    arrived: int = 0
-    stage: Stage = Stage.NONE
-    """Where it is fated to drop out."""
+    down_bytes = 0
+    up_bytes = 0
+    down_time = 0
+    up_time = 0
+    started = 0
+    computed = 0
+    upload_started = 0
+    arrived = 0
     ended: int | None = None
     """When it stops short of arriving."""
-    why: str = ""
+    why = ""
     handle: int | None = None
     deadline_handle: int | None = None
     paused_at: int | None = None
-    group: int = 0
+    group = 0
+
+    def __init__(self, id: int, client: int, order: Order, steps: int, start: Tensor | None) -> None:
+        self.id, self.client, self.order = id, client, order
+        self.steps = steps
+        """Local steps; -1 until the job's own count is asked for at take-effect."""
+        self.start = start
+        """What to start from; None is the model at take-effect."""
 
     def view(self) -> Task:
         """What the strategy sees of it."""
-        return Task(self.id, self.client, self.job, self.tag, self.version, self.steps, self.dispatched / NS)
+        order = self.order
+        return Task(self.id, self.client, order.job, order.tag, self.version, self.steps, order.dispatched / NS)
 
     def shift(self, since: int, by: int) -> None:
         """Put off everything planned after ``since`` (the client was away for ``by`` nanoseconds)."""
@@ -85,20 +91,22 @@ class LiveTask:
 
     def seen_until(self, now: int) -> int:
         """The last moment at which the client was really at work on it."""
-        return min(limit for limit in (now, self.ended, self.paused_at) if limit is not None)
+        if self.ended is not None:
+            now = min(now, self.ended)
+        return now if self.paused_at is None else min(now, self.paused_at)
 
     def moved(self, now: int, system: System) -> tuple[int, int]:
         """Bytes that have travelled down and up by ``now``; a cut transfer counts up to the cut."""
         if self.status is Status.REQUESTED:
             return 0, 0
         last = self.seen_until(now)
+        if last >= self.arrived:
+            return self.down_bytes, self.up_bytes
         client = np.array([self.client])
         down, up = self.down_bytes, 0
         if last < self.started:
             elapsed = np.array([self.down_time - (self.started - last)])
             down = int(system.network.moved_down(client, self.down_bytes, elapsed)[0])
-        if last >= self.arrived:
-            up = self.up_bytes
         elif last > self.upload_started:
             elapsed = np.array([self.up_time - (self.arrived - last)])
             up = int(system.network.moved_up(client, self.up_bytes, elapsed)[0])
@@ -106,25 +114,17 @@ class LiveTask:
 
     def row(self, now: int, outcome: str, applied_version: int | None, moved: tuple[int, int]) -> tuple[Any, ...]:
         """Its row in ``events``; times it never came to are missing."""
-        last = -1 if self.status is Status.REQUESTED else self.seen_until(now)
-        times = [at / NS if at <= last else None for at in (self.started, self.computed)]
-        # A client lost in the moment its work was done has not begun to send.
-        sending = self.upload_started < last if self.ended is not None else self.upload_started <= last
-        times.append(self.upload_started / NS if sending else None)
-        arrived = self.arrived / NS if self.ended is None and self.arrived <= last else None
-        staleness = None if applied_version is None else applied_version - self.version
-        tag = "" if self.tag is None else str(self.tag)
+        order = self.order
         return (
             self.id,
             self.client,
-            self.job,
-            tag,
-            self.dispatched / NS,
-            *times,
-            arrived,
+            order.job,
+            "" if order.tag is None else str(order.tag),
+            order.dispatched / NS,
+            *self._times(now),
             self.version,
             applied_version,
-            staleness,
+            None if applied_version is None else applied_version - self.version,
             max(self.steps, 0),
             self.samples,
             *moved,
@@ -132,37 +132,50 @@ class LiveTask:
             outcome,
         )
 
+    def _times(self, now: int) -> tuple[float | None, ...]:
+        """Seconds at which it started, had computed, started its upload and arrived, as far as it came."""
+        if self.status is Status.ARRIVED:
+            return self.started / NS, self.computed / NS, self.upload_started / NS, self.arrived / NS
+        last = -1 if self.status is Status.REQUESTED else self.seen_until(now)
+        whole = self.ended is None
+        # A client lost in the moment its work was done has not begun to send.
+        sending = self.upload_started <= last if whole else self.upload_started < last
+        return (
+            self.started / NS if self.started <= last else None,
+            self.computed / NS if self.computed <= last else None,
+            self.upload_started / NS if sending else None,
+            self.arrived / NS if whole and self.arrived <= last else None,
+        )
+
 
 def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
     """Set the times of tasks that take effect ``now``: download, local work, upload, and where one drops out.
 
     Every task ends at least one nanosecond after it began, so that no instant feeds itself.
+
+    Raises:
+        SimulationError: for a task that would last beyond the end of the clock.
     """
-    clients = np.array([task.client for task in tasks], dtype=np.int64)
-    nth = np.array([task.nth for task in tasks], dtype=np.int64)
-    travels = np.array([not task.local for task in tasks])
-    down_bytes = np.array([task.down_bytes for task in tasks], dtype=np.int64)
-    up_bytes = np.array([task.up_bytes for task in tasks], dtype=np.int64)
-    steps = np.array([task.steps for task in tasks], dtype=np.int64)
-
-    down_time = np.where(travels, system.network.down(clients, down_bytes), 0)
-    up_time = np.where(travels, system.network.up(clients, up_bytes), 0)
-    compute_time = system.compute.durations(clients, steps, nth)
-    longest = max(int(each.max()) for each in (down_time, compute_time, up_time))
-    if longest >= LONGEST or now >= LONGEST:
-        what = f"it is {now / NS:.6g} s" if now >= LONGEST else f"a task lasts {longest / NS:.6g} s or more"
-        raise SimulationError(f"{what}: the clock ends at {LONGEST / NS:.4g} s of virtual time (36 years)")
-    started = now + down_time
-    computed = started + compute_time
-    arrived = np.maximum(computed + up_time, now + 1)
-    stage, fraction = system.faults.draw(clients, nth)
-    ended = np.maximum(started + np.rint(fraction * (computed - started)).astype(np.int64), now + 1)
-
-    for i, task in enumerate(tasks):
-        task.down_time, task.up_time = int(down_time[i]), int(up_time[i])
-        task.started, task.computed, task.arrived = int(started[i]), int(computed[i]), int(arrived[i])
-        task.upload_started = task.computed
-        task.stage = Stage(int(stage[i]))
-        task.ended = int(ended[i]) if task.stage is not Stage.NONE else None
-        task.why = "dropped" if task.stage is not Stage.NONE else ""
+    for task, (down, compute, up, stage, fraction) in zip(tasks, _spans(tasks, system), strict=True):
+        if task.order.local:
+            down = up = 0
+        longest = max(down, compute, up)
+        if longest >= LONGEST or now >= LONGEST:
+            what = f"it is {now / NS:.6g} s" if now >= LONGEST else f"a task lasts {longest / NS:.6g} s or more"
+            raise SimulationError(f"{what}: the clock ends at {LONGEST / NS:.4g} s of virtual time (36 years)")
+        task.down_time, task.up_time = down, up
+        task.started = now + down
+        task.computed = task.upload_started = task.started + compute
+        task.arrived = max(task.computed + up, now + 1)
+        if stage != Stage.NONE:
+            task.ended = max(task.started + round(fraction * compute), now + 1)
+            task.why = "dropped"
         task.status = Status.RUNNING
+
+
+def _spans(tasks: Sequence[LiveTask], system: System) -> Sequence[Spans]:
+    if len(tasks) == 1:
+        task = tasks[0]
+        return [system.spans_of_one(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes)]
+    columns = [(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes) for task in tasks]
+    return system.spans(*np.array(columns, dtype=np.int64).T)

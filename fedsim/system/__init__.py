@@ -8,15 +8,24 @@ Models hold arrays over clients and plain numbers only: they can be pickled at a
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedsim.rng import Randomness
+from fedsim.system import single
 from fedsim.system.availability import Always, Availability, ClassCounts
-from fedsim.system.base import LONGEST
+from fedsim.system.base import LONGEST, Ids
 from fedsim.system.compute import Compute
 from fedsim.system.compute import Constant as ConstantCompute
 from fedsim.system.faults import Faults, Stage
 from fedsim.system.network import Network, NoNetwork
 
-__all__ = ["LONGEST", "Availability", "Compute", "Faults", "Network", "Stage", "System"]
+__all__ = ["LONGEST", "Availability", "Compute", "Faults", "Network", "Spans", "Stage", "System"]
+
+
+Spans = tuple[int, int, int, int, float]
+"""How long a task's download, local work and upload take, in whole nanoseconds; the code of the :class:`Stage` at which
+it is lost, and the share of its local work that is done by then."""
 
 
 class System:
@@ -54,3 +63,24 @@ class System:
         self.network.prepare(clients, randomness)
         self.availability.prepare(clients, randomness)
         self.faults.prepare(clients, randomness)
+        self._repeated = single.applies(self)
+
+    def spans(
+        self,
+        clients: Ids,
+        nth: Ids,
+        steps: NDArray[np.int64],
+        down_bytes: NDArray[np.int64],
+        up_bytes: NDArray[np.int64],
+    ) -> list[Spans]:
+        """The spans of the ``nth[i]``-th tasks of ``clients[i]``, of so many local steps and bytes each: ``[k]``."""
+        down, up = self.network.down(clients, down_bytes), self.network.up(clients, up_bytes)
+        stage, fraction = self.faults.draw(clients, nth)
+        columns = (down, self.compute.durations(clients, steps, nth), up, stage, fraction)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def spans_of_one(self, client: int, nth: int, steps: int, down_bytes: int, up_bytes: int) -> Spans:
+        """What :meth:`spans` gives for one task, bit for bit and in a fraction of the time."""
+        if not self._repeated:
+            return self.spans(*np.array([[client], [nth], [steps], [down_bytes], [up_bytes]]))[0]
+        return single.spans(self.network, self.compute, self.faults, client, nth, steps, down_bytes, up_bytes)

@@ -54,8 +54,12 @@ class Compute(ABC):
         """
         seconds = self.seconds_per_step[clients] * steps
         if self.jitter > 0:
-            seconds = seconds * self._jitter_factors(self._randomness("compute.jitter", clients, nth))
+            seconds = seconds * self._jitter_factors(self.jitter_draw(clients, nth))
         return nanoseconds(seconds)
+
+    def jitter_draw(self, clients: int | Ids, nth: int | NDArray[np.int64]) -> Draw:
+        """The key of the jitter of clients' ``nth`` tasks."""
+        return self._randomness("compute.jitter", clients, nth)
 
     def expected(self, clients: Ids, steps: int | NDArray[np.int64]) -> Nanoseconds:
         """As :meth:`durations` on average, that is without jitter: int64 ns ``[k]``."""

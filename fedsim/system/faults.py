@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedsim.checks import number, one_of, seconds
 from fedsim.kernel import to_ns
-from fedsim.rng import Randomness
+from fedsim.rng import Draw, Randomness
 from fedsim.system.base import Ids
 
 
@@ -22,7 +22,8 @@ class Stage(IntEnum):
     AFTER = 3
 
 
-_STAGES = {"before": Stage.BEFORE, "during": Stage.DURING, "after": Stage.AFTER}
+STAGES = {"before": Stage.BEFORE, "during": Stage.DURING, "after": Stage.AFTER}
+"""The stages that a configuration can name."""
 
 
 class Faults:
@@ -51,7 +52,7 @@ class Faults:
         on_error: str = "fail",
     ) -> None:
         self.dropout = number("dropout", dropout, least=0, most=1)
-        self.when = one_of("when", when, (*_STAGES, "any"))
+        self.when = one_of("when", when, (*STAGES, "any"))
         self.on_offline = None if on_offline is None else one_of("on_offline", on_offline, ("finish", "lose", "pause"))
         self.detect = seconds("detect", detect, least=0)
         self.detect_ns = to_ns(self.detect)
@@ -72,14 +73,18 @@ class Faults:
         count = len(clients)
         if self.dropout == 0:
             return np.full(count, Stage.NONE, dtype=np.int8), np.ones(count)
-        lost, which, where = self._randomness("faults.dropout", clients, nth).uniform(3).T
+        lost, which, where = self.dropout_draw(clients, nth).uniform(3).T
         if self.when == "any":
             stage = Stage.BEFORE + np.minimum(3 * which, 2).astype(np.int8)
         else:
-            stage = np.full(count, _STAGES[self.when], dtype=np.int8)
+            stage = np.full(count, STAGES[self.when], dtype=np.int8)
         stage = np.where(lost <= self.dropout, stage, Stage.NONE).astype(np.int8)
         fraction = np.where(stage == Stage.DURING, where, np.where(stage == Stage.BEFORE, 0.0, 1.0))
         return stage, fraction
+
+    def dropout_draw(self, clients: int | Ids, nth: int | NDArray[np.int64]) -> Draw:
+        """The key of what happens to clients' ``nth`` tasks: whether lost, at which stage and where in it."""
+        return self._randomness("faults.dropout", clients, nth)
 
     def offline_policy(self, slotted: bool) -> str:
         """What going offline does to a task: ``on_offline``, else ``finish`` when slotted and ``lose`` when not.

@@ -55,6 +55,11 @@ class Network(ABC):
         self.latency = seconds("latency", latency, least=0)
         self._latency_ns = to_ns(self.latency)
 
+    @property
+    def latency_ns(self) -> int:
+        """``latency`` in nanoseconds."""
+        return self._latency_ns
+
     @abstractmethod
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Draw the bandwidths of clients ``0 .. clients - 1``."""
