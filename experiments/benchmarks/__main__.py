@@ -6,6 +6,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,21 +34,35 @@ class Effort:
 
     Attributes:
         repeats: of every measurement; medians are taken.
-        seconds: of the naive loop in each repeat, and of a schedule.
+        asynchronous_repeats: of FedBuff, whose blocks are longer.
+        kernel_repeats: of every schedule.
+        seconds: that every contestant trains in each repeat, and that a schedule takes.
         million_rounds: of the run with a million clients; 50 are all of it.
         ray: workloads that Ray takes part in.
         agreement: whether the models of all contestants are compared first.
     """
 
     repeats: int
+    asynchronous_repeats: int
+    kernel_repeats: int
     seconds: float
     million_rounds: int
     ray: tuple[str, ...]
     agreement: bool
 
 
-FULL = Effort(repeats=7, seconds=2.0, million_rounds=50, ray=tuple(WORKLOADS), agreement=True)
-SHORT = Effort(repeats=3, seconds=0.7, million_rounds=3, ray=("W1a",), agreement=False)
+FULL = Effort(
+    repeats=7,
+    asynchronous_repeats=5,
+    kernel_repeats=3,
+    seconds=2.0,
+    million_rounds=50,
+    ray=tuple(WORKLOADS),
+    agreement=True,
+)
+SHORT = Effort(
+    repeats=3, asynchronous_repeats=2, kernel_repeats=1, seconds=0.7, million_rounds=3, ray=("W1a",), agreement=False
+)
 
 
 def measure_workload(report: Report, name: str, effort: Effort, others: Mapping[str, str], folder: Path) -> None:
@@ -69,8 +84,8 @@ def measure_workload(report: Report, name: str, effort: Effort, others: Mapping[
 
 def measure_asynchronous(report: Report, effort: Effort, folder: Path) -> None:
     """FedBuff beside FedAvg."""
-    measured, group = training.run_asynchronous(folder, effort.repeats, 2 * effort.seconds)
-    report.add(f"## {tables.describe(ASYNCHRONOUS)}; log-normal speeds for FedBuff, {IN_FLIGHT} in flight")
+    measured, group = training.run_asynchronous(folder, effort.asynchronous_repeats, effort.seconds)
+    report.add(f"## {tables.describe(ASYNCHRONOUS)}; for FedBuff log-normal speeds, {IN_FLIGHT} in flight")
     report.add(tables.contest_table(ASYNCHRONOUS, measured), f"FedBuff's mean training group: {group:.1f} tasks.")
     report.results["asynchronous"] = speed(
         measured["fedsim inline, fedbuff"].blocks, measured["fedsim inline"].blocks, "cpu"
@@ -80,7 +95,7 @@ def measure_asynchronous(report: Report, effort: Effort, folder: Path) -> None:
 def measure_kernel(report: Report, effort: Effort, folder: Path) -> None:
     """Schedules without training, interleaved."""
     found: dict[tuple[str, int], list[tuple[float, float]]] = {each: [] for each in kernel.SCHEDULES}
-    for repeat in range(effort.repeats // 2):
+    for repeat in range(effort.kernel_repeats):
         for method, in_flight in kernel.SCHEDULES:
             out = folder / f"{method}-{in_flight}-{repeat}"
             rates = kernel.measured("schedule", method, in_flight, effort.seconds, out)
@@ -152,11 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.repeats is not None:
         effort = replace(effort, repeats=given.repeats)
     others = {"flwr": given.flwr_python, "pfl": given.pfl_python}
-    report = Report()
+    began, report = time.monotonic(), Report()
     report.add(f"# Benchmarks\n\n{tables.machine()}; medians of {effort.repeats} interleaved repeats.")
     with tempfile.TemporaryDirectory() as folder:
         measure(report, given.only, effort, {name: path for name, path in others.items() if path}, Path(folder))
     report.add("## Targets", tables.target_table(report.results))
+    report.add(f"All of it took {time.monotonic() - began:.0f} s.")
     report.write(given.table)
     missed = targets.missed(report.results) if given.short else []
     for line in missed:

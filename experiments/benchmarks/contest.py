@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,48 +192,57 @@ def contest(contestants: Sequence[Contestant]) -> Iterator[Sequence[Contestant]]
 
 @dataclass
 class Measured:
-    """One contestant's blocks beside those of the first contestant, the naive loop, repeat by repeat.
+    """One contestant's blocks beside those of the first contestant in the same repeats.
 
     Attributes:
         name: of the contestant.
-        blocks: its own.
-        naive: the naive loop's in the same repeats.
         first_round: seconds from its command to the end of its first round.
-        peak: bytes of its process tree.
+        blocks: its own.
+        reference: the first contestant's.
+        peak: most bytes that its process tree held.
     """
 
     name: str
+    first_round: float
     blocks: list[Block] = field(default_factory=list)
-    naive: list[Block] = field(default_factory=list)
-    first_round: float = 0.0
+    reference: list[Block] = field(default_factory=list)
     peak: int = 0
 
     def speed(self, clock: Clock) -> float:
-        """How many times as fast as the naive loop."""
-        return speed(self.blocks, self.naive, clock)
+        """How many times as fast as the first contestant."""
+        return speed(self.blocks, self.reference, clock)
 
     def each(self, clock: Clock) -> float:
         """Median seconds for one client result."""
         return statistics.median(block.each(clock) for block in self.blocks)
 
 
-def interleaved(contestants: Sequence[Contestant], repeats: int, seconds: float) -> Mapping[str, Measured]:
-    """Let all run the same number of rounds, in turn, so often.
+def rounds_in(seconds: float, contestant: Contestant) -> int:
+    """How many rounds a warm contestant does in about so many seconds, at least one."""
+    count = 1
+    for share in (0.2, 1.0):  # one short round alone would say too little
+        count = max(1, round(share * seconds * count / contestant.rounds(count).wall))
+    return count
+
+
+def interleaved(contestants: Sequence[Contestant], repeats: int, seconds: float, least: int = 1) -> dict[str, Measured]:
+    """Let all train in turn, each about as long as the others, and another one first in each repeat.
 
     Args:
         contestants: warm; the first is what the others are compared with.
-        repeats: how often; each time another one begins.
-        seconds: about how long the first one's block is to take.
+        repeats: how often each is measured.
+        seconds: about how long each trains in a repeat.
+        least: fewest rounds in a repeat.
     """
-    count = max(1, round(seconds / contestants[0].rounds(1).wall))
-    measured = {each.name: Measured(each.name, first_round=each.first_round) for each in contestants}
+    counts = {each.name: max(least, rounds_in(seconds, each)) for each in contestants}
+    measured = {each.name: Measured(each.name, each.first_round) for each in contestants}
     for repeat in range(repeats):
         turn = repeat % len(contestants)
-        blocks = {each.name: each.rounds(count) for each in (*contestants[turn:], *contestants[:turn])}
+        blocks = {each.name: each.rounds(counts[each.name]) for each in (*contestants[turn:], *contestants[:turn])}
         for name, block in blocks.items():
             measured[name].blocks.append(block)
-            measured[name].naive.append(blocks[contestants[0].name])
+            measured[name].reference.append(blocks[contestants[0].name])
     for each in contestants:
-        each.watch(max(1, count // 2))
+        each.watch(max(1, counts[each.name] // 2))
         measured[each.name].peak = each.peak
     return measured

@@ -86,7 +86,7 @@ class Conductor:
             return
 
         def model() -> NDArray[np.float32]:
-            flat: NDArray[np.float32] = sim.model.numpy()
+            flat: NDArray[np.float32] = sim.model.cpu().numpy()
             return flat
 
         if self._until:

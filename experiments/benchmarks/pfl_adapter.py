@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.algorithm.base import NNAlgorithmParams
 from pfl.algorithm.federated_averaging import FederatedAveraging
-from pfl.callback import TrainingProcessCallback
+from pfl.callback.base import TrainingProcessCallback
 from pfl.data.dataset import Dataset
 from pfl.data.federated_dataset import FederatedDataset
 from pfl.data.sampling import get_user_sampler
@@ -77,7 +77,7 @@ class Conductor(TrainingProcessCallback):
 def main(path: str, text: str) -> None:
     torch.set_num_threads(1)
     orders, workload, tensors = Orders(), from_json(text), Tensors(path)
-    module = Learner(*build(workload))
+    module = Learner(*build(workload).children())
     module.load_state_dict(tensors.initial)
     sampler = get_user_sampler("minimize_reuse", list(range(workload.clients)))
     users = FederatedDataset(lambda user: Dataset(raw_data=list(tensors.of(user))), sampler)

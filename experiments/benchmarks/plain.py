@@ -72,17 +72,19 @@ def build(workload: Workload) -> nn.Module:
 def train(module: nn.Module, x: Tensor, y: Tensor, workload: Workload) -> None:
     """One epoch of SGD on one client's examples, in a new random order, in place.
 
-    The step is written out: torch.optim.SGD does the same a tenth more slowly on these small models.
+    The step is written out, which is the fastest that can be said in plain PyTorch: torch.optim.SGD takes a fifth to a
+    third more processor time on the small models, and functional gradients a few per cent.
     """
     parameters = list(module.parameters())
     order = torch.randperm(len(y), device=y.device)
     for first in range(0, len(y), workload.batch):
         rows = order[first : first + workload.batch]
-        loss = cross_entropy(module(x[rows]), y[rows])
-        gradients = torch.autograd.grad(loss, parameters)
+        for parameter in parameters:
+            parameter.grad = None
+        cross_entropy(module(x[rows]), y[rows]).backward()
         with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.sub_(gradient, alpha=workload.lr)
+            for parameter in parameters:
+                parameter.add_(parameter.grad, alpha=-workload.lr)
 
 
 class NaiveLoop:

@@ -53,7 +53,7 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def contest_table(workload: Workload, measured: Mapping[str, Measured]) -> str:
-    """What every contestant took for a round, beside the naive loop."""
+    """What every contestant took for a round; speeds are multiples of the first one's."""
     rows = []
     for each in measured.values():
         seconds = [each.each("wall") * workload.cohort, each.each("cpu") * workload.cohort]
