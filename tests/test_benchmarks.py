@@ -271,7 +271,7 @@ def test_only_a_short_run_fails_for_a_missed_target(
 
 def test_every_part_can_be_asked_for_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
     assert parsed(["--only", "W3,start"]).only == ("W3", "start")
-    for wrong in (["--only", "W9"], ["--repeats", "0"]):
+    for wrong in (["--only", "W9"], ["--repeats", "0"], ["--flwr-python", "/no/python"], ["--table", "/no/folder/x"]):
         with pytest.raises(SystemExit) as left:
             parsed(wrong)
         assert left.value.code == 2

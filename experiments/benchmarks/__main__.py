@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -148,6 +150,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     for part in given.only:
         if part not in PARTS:
             parser.error(f"--only {part}: must be some of {','.join(PARTS)}")
+    for python in (given.flwr_python, given.pfl_python):
+        if python is not None and not os.access(python, os.X_OK):
+            parser.error(f"{python}: must be an interpreter that can be run")
+    if given.table is not None and not given.table.absolute().parent.is_dir():
+        parser.error(f"--table {given.table}: its folder does not exist")
+    if not sys.platform.startswith("linux"):
+        parser.error("needs Linux, for the clocks and the memory of other processes")
     return given
 
 
@@ -196,4 +205,8 @@ def measure(report: Report, parts: Sequence[str], effort: Effort, others: Mappin
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that contestants are sent home first
+    try:
+        sys.exit(main())
+    except RuntimeError as error:
+        sys.exit(str(error))
