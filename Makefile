@@ -6,10 +6,10 @@ RUNS ?= runs/first
 # One thread per process: more are slower on small models.
 export OMP_NUM_THREADS = 1
 
-.PHONY: help setup run test slow lint format clean
+.PHONY: help setup run test slow lint format bench bench-short clean
 
 help:  ## show this text
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 setup: $(VENV)/.ready  ## make the virtual environment (.venv, or VENV=...)
 
@@ -39,6 +39,12 @@ lint: $(VENV)/.ready  ## ruff, mypy and import-linter alone
 format: $(VENV)/.ready  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready  ## the benchmarks, on a machine that does nothing else: about twenty minutes
+	$(BIN)/python -m experiments.benchmarks --table experiments/benchmarks/report.md
+
+bench-short: $(VENV)/.ready  ## the benchmarks in four minutes; fails below 60 % of a target
+	$(BIN)/python -m experiments.benchmarks --short
 
 clean:  ## remove the environment and what tools left behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,116 @@
+"""The training contests: every workload, the naive loop against fedsim's pools and whoever else is installed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.benchmarks import tensors
+from experiments.benchmarks.contest import Contestant, Measured, contest, interleaved
+from experiments.benchmarks.workloads import ASYNCHRONOUS, Workload
+
+RAY_WARM_UP = 8.0
+"""Seconds until all of Ray's workers have joined."""
+
+ASYNCHRONOUS_ROUNDS = 20
+"""Fewest rounds in a block: of the 200 results then up to 50 are trained ahead, or were in the block before."""
+
+AGREEMENT = 1e-5
+"""Largest difference of two models' weights that is rounding."""
+
+
+def naive(path: Path, workload: Workload, device: str = "cpu") -> Contestant:
+    """The hand-written loop."""
+    command = [sys.executable, "-m", "experiments.benchmarks.naive", str(path), workload.to_json(), device]
+    return Contestant("naive", command)
+
+
+def ours(path: Path, workload: Workload, pool: str = "inline", method: str = "fedavg") -> Contestant:
+    """fedsim on a pool; its records go beside the tensors."""
+    name = {"inline": "fedsim inline", "cuda": "fedsim", "ray:1": "fedsim Ray, 1 worker"}.get(
+        pool, f"fedsim Ray, {pool.removeprefix('ray:')} workers"
+    )
+    if method != "fedavg":
+        name = f"{name}, {method}"
+    out = path.parent / f"{path.stem}-{pool.replace(':', '')}-{method}"
+    module = [sys.executable, "-m", "experiments.benchmarks.ours"]
+    command = [*module, str(path), workload.to_json(), method, pool, str(out)]
+    return Contestant(name, command, warm_up=RAY_WARM_UP if pool.startswith("ray") else 0.0)
+
+
+def elsewhere(simulator: str, python: str, path: Path, workload: Workload) -> Contestant:
+    """Another simulator, ``flwr`` or ``pfl``, by its adapter under its own interpreter."""
+    module = f"experiments.benchmarks.{simulator}_adapter"
+    return Contestant(simulator, [python, "-m", module, str(path), workload.to_json()], warm_up=RAY_WARM_UP)
+
+
+def run_contest(
+    workload: Workload,
+    folder: Path,
+    pools: Sequence[str],
+    others: Mapping[str, str],
+    repeats: int,
+    seconds: float,
+) -> Mapping[str, Measured]:
+    """One workload: all contestants alive together, measured in turn.
+
+    Args:
+        workload: what is trained.
+        folder: for tensors and records.
+        pools: of fedsim, as :mod:`experiments.benchmarks.ours` reads them.
+        others: interpreters of other simulators by name.
+        repeats: how often each is measured.
+        seconds: about how long the naive loop trains in each repeat.
+    """
+    path = tensors.write(workload, folder)
+    contestants = [naive(path, workload), *(ours(path, workload, pool) for pool in pools)]
+    contestants += [elsewhere(name, python, path, workload) for name, python in others.items()]
+    with contest(contestants):
+        return interleaved(contestants, repeats, seconds)
+
+
+def run_gpu_contest(workload: Workload, folder: Path, repeats: int, seconds: float) -> Mapping[str, Measured]:
+    """One workload on one GPU: the sequential loop against fedsim, whose groups are whole cohorts."""
+    path = tensors.write(workload, folder)
+    with contest([naive(path, workload, "cuda"), ours(path, workload, "cuda")]) as contestants:
+        return interleaved(contestants, repeats, seconds)
+
+
+def run_asynchronous(folder: Path, repeats: int, seconds: float) -> tuple[Mapping[str, Measured], float]:
+    """FedBuff beside FedAvg on the same 500 clients, and FedBuff's mean training group."""
+    path = tensors.write(ASYNCHRONOUS, folder)
+    fedbuff = ours(path, ASYNCHRONOUS, method="fedbuff")
+    contestants = [ours(path, ASYNCHRONOUS), fedbuff]
+    with contest(contestants):
+        measured = interleaved(contestants, repeats, seconds, least=ASYNCHRONOUS_ROUNDS)
+        return measured, float(fedbuff.finish()["group"])
+
+
+def check_agreement(workload: Workload, folder: Path, others: Mapping[str, str]) -> float:
+    """Largest difference of a weight between the naive loop's model and any other's after a round.
+
+    Everybody trains, on all examples at once, so that neither order nor choice can differ: it must be rounding.
+
+    Raises:
+        RuntimeError: if it is more than ``AGREEMENT``: then they do not do the same work.
+    """
+    whole = workload.whole_batch()
+    inner = folder / "agreement"
+    inner.mkdir(exist_ok=True)
+    path = tensors.write(whole, inner)
+    contestants = [naive(path, whole), ours(path, whole)]
+    contestants += [elsewhere(name, python, path, whole) for name, python in others.items()]
+    for each in contestants:
+        each.warm_up = 0.0
+    with contest(contestants):
+        models = {each.name: each.model() for each in contestants}
+    worst = 0.0
+    for name, model in models.items():
+        difference = float(np.abs(model - models["naive"]).max())
+        if not difference <= AGREEMENT:
+            raise RuntimeError(f"{workload.name}: {name} is off the naive loop by {difference:.2g} after one round")
+        worst = max(worst, difference)
+    return worst
