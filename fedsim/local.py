@@ -80,6 +80,10 @@ class Context(ABC):
         """A copy of ``start`` to train on."""
         return self.start.clone()
 
+    def change(self, x: Tensor) -> Tensor:
+        """A new ``[n, d]``: ``x - start``."""
+        return x - self.start
+
     def freeze(self, new: Tensor, old: Tensor) -> Tensor:
         """``new`` for the clients still running, ``old`` for those that have finished."""
         return new if self.running == len(new) else torch.where(self.active, new, old)
@@ -258,7 +262,7 @@ class LocalSGD:
 
     def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
         """After the last step: what travels up."""
-        return {"model": x} if self.sends == "model" else {"delta": x - ctx.start}
+        return {"model": x} if self.sends == "model" else {"delta": ctx.change(x)}
 
     def replace(self: Rule, **changes: Any) -> Rule:
         """A copy with other settings, checked anew.

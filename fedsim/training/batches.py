@@ -54,44 +54,69 @@ class StackBatches:
         samples: examples each holds, ``[n]``.
         steps: local steps of each, ``[n]``.
         batch_size: the rule's; None takes all examples.
-        rows: tells where clients' examples lie.
+        rows: tells where clients' examples lie; None if there are none to train on.
         randomness: the run's.
     """
 
     def __init__(
-        self, clients: Ids, nth: Ids, samples: Ids, steps: Ids, batch_size: int | None, rows: Rows,
+        self, clients: Ids, nth: Ids, samples: Ids, steps: Ids, batch_size: int | None, rows: Rows | None,
         randomness: Randomness,
     ) -> None:  # fmt: skip
         self.clients, self.nth, self.samples, self.steps = clients, nth, samples, steps
+        self.batch_size, self.rows, self.randomness = batch_size, rows, randomness
         self.size = samples if batch_size is None else np.full(len(clients), batch_size)
-        self.per_epoch = -(-samples // np.maximum(self.size, 1))
+        self.per_epoch = np.maximum(-(-samples // np.maximum(self.size, 1)), 1)
         self.padded = padded_size(batch_size, int(samples[0]))
-        self._rows, self._randomness = rows, randomness
+        self._made: tuple[Ids, Ids] | None = None
+
+    def parts(self, lanes: int) -> Iterator[StackBatches]:
+        """The same for so many clients after another. What is short is looked up once for all of them."""
+        if self.rows is not None and 0 < self.steps[0] * self.padded * len(self.clients) <= AT_ONCE:
+            self._made = self._block(np.arange(self.steps[0])[:, None], self._held())
+        for first in range(0, len(self.clients), lanes):
+            some = slice(first, first + lanes)
+            part = StackBatches(
+                self.clients[some], self.nth[some], self.samples[some], self.steps[some], self.batch_size, self.rows,
+                self.randomness,
+            )  # fmt: skip
+            if self._made is not None:
+                part._made = (self._made[0][:, some], self._made[1][:, some])
+            yield part
 
     def each(self, like: Tensor) -> Iterator[Batch]:
         """The batch of each step, of as many clients as have not finished, for parameters ``like``."""
+        for rows, counts, running in self._blocks():
+            places, scales = torch.from_numpy(rows).to(like.device), self._scales(counts, like)
+            for step, k in enumerate(running.tolist()):
+                yield Batch(places[step, :k], scales[step, :k])
+
+    def _blocks(self) -> Iterator[tuple[Ids, Ids, Ids]]:
+        """Of some steps at a time where the examples lie, how many count, and how many clients are at work."""
         most = int(self.steps[0])
-        if not most:
+        if self.rows is None or not most:
             return
-        held = self._rows(self.clients).numpy()
-        longest = int(self.per_epoch.max())
+        if self._made is not None:
+            rows, counts = self._made
+            yield rows[:most], counts[:most], (self.steps > np.arange(most)[:, None]).sum(axis=1)
+            return
+        longest, held = int(self.per_epoch.max()), self._held()
         block = longest * max(1, AT_ONCE // (len(self.clients) * self.padded * longest))
         for first in range(0, most, block):
             steps = np.arange(first, min(first + block, most))[:, None]
-            rows, counts = self._block(steps, held)
-            running = (self.steps > steps).sum(axis=1).tolist()
-            places, scales = torch.from_numpy(rows).to(like.device), self._scales(counts, like)
-            for i, k in enumerate(running):
-                yield Batch(places[i, :k], scales[i, :k])
+            yield *self._block(steps, held), (self.steps > steps).sum(axis=1)
+
+    def _held(self) -> Ids:
+        assert self.rows is not None
+        return self.rows(self.clients).numpy()
 
     def _block(self, steps: Ids, held: Ids) -> tuple[Ids, Ids]:
         """Where the examples ``[t, n, padded]`` of some steps ``[t, 1]`` lie, and how many count ``[t, n]``."""
-        begun = steps[0] // self.per_epoch.clip(1)
-        epochs = (np.minimum(steps[-1] + 1, self.steps) - 1) // self.per_epoch.clip(1) - begun + 1
+        begun = steps[0] // self.per_epoch
+        epochs = (np.minimum(steps[-1] + 1, self.steps) - 1) // self.per_epoch - begun + 1
         epochs = np.where(self.steps > steps[0], epochs, 0)
         order, starts = self._orders(begun, epochs, held)
         at_work = self.steps > steps
-        epoch, position = np.divmod(steps, self.per_epoch.clip(1))
+        epoch, position = np.divmod(steps, self.per_epoch)
         entry = np.where(at_work, np.cumsum(epochs) - epochs + epoch - begun, 0)
         first = np.where(at_work, starts[entry] + position * self.size, 0)
         counts = np.where(at_work, np.minimum(self.samples - position * self.size, self.size), 1)
@@ -104,7 +129,7 @@ class StackBatches:
         lane = np.repeat(np.arange(len(epochs)), epochs)
         number = np.arange(len(lane)) - np.repeat(np.cumsum(epochs) - epochs, epochs)
         sizes = self.samples[lane]
-        keys = self._randomness("batches", self.clients[lane], self.nth[lane], begun[lane] + number)
+        keys = self.randomness("batches", self.clients[lane], self.nth[lane], begun[lane] + number)
         mine = np.repeat((np.cumsum(self.samples) - self.samples)[lane], sizes)
         return held[mine + keys.permutations(sizes)], np.cumsum(sizes) - sizes
 

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsim.local import Context, LocalSGD
@@ -95,34 +94,32 @@ class StackedContext(Context):
     """The context of a stack of tasks with batches of one padded size, in order of steps, the most first."""
 
     def __init__(
-        self, works: Sequence[Work], rule: LocalSGD, samples: NDArray[np.int64], rows: Rows | None,
-        form: StackForm | Paired | None, randomness: Randomness, device: torch.device,
+        self, works: Sequence[Work], batches: StackBatches, form: StackForm | Paired | None, randomness: Randomness,
+        device: torch.device,
     ) -> None:  # fmt: skip
-        first = works[0]
-        self.start = aligned_stack(len(works), first.start)
-        if all(work.start is first.start for work in works):
-            self.start.copy_(first.start)
-        else:
-            torch.stack([work.start for work in works], out=self.start)
-        self.start = self.start.to(device)
+        first, starts = works[0].start, [work.start for work in works]
+        alike = all(each is first for each in starts)
+        self._start = (first if alike else torch.stack(starts)).to(device)
+        """``[d]`` if all start from one vector, as in synchronous rounds; else ``[n, d]``."""
+        self._own_start: Tensor | None = None
         self.message = moved(stacked_tensors([work.message for work in works]), device)
         self.state = moved(stacked_tensors([work.state for work in works]), device)
-        self.lr = torch.tensor([[work.lr] for work in works], dtype=self.start.dtype, device=device)
-        self.steps = np.array([work.steps for work in works])
+        self.lr = torch.tensor([[work.lr] for work in works], dtype=first.dtype, device=device)
+        self.steps = batches.steps.copy()
         self.running = len(works)
-        self.clients = np.array([work.client for work in works])
-        self._nth = np.array([work.nth for work in works])
-        self._samples, self._batch_size = samples, rule.batch_size
-        self._rows, self._form, self._randomness = rows, form, randomness
+        self.clients = batches.clients
+        self._batches, self._form, self._randomness = batches, form, randomness
+
+    @property
+    def start(self) -> Tensor:  # type: ignore[override]
+        """``[n, d]``: what each client downloaded, a copy for the rule."""
+        if self._own_start is None:
+            self._own_start = self.point()
+        return self._own_start
 
     def batches(self) -> Iterator[Batch]:
         """Epoch after epoch in a new keyed order; the last batch of an epoch may be smaller."""
-        if self._rows is None:
-            return
-        stack = StackBatches(
-            self.clients, self._nth, self._samples, self.steps, self._batch_size, self._rows, self._randomness
-        )
-        for step, batch in enumerate(stack.each(self.start)):
+        for step, batch in enumerate(self._batches.each(self._start)):
             self.step, self.running = step, len(batch.rows)
             yield batch
 
@@ -130,7 +127,11 @@ class StackedContext(Context):
 
     def point(self) -> Tensor:
         """A copy of ``start`` to train on."""
-        return aligned_stack(len(self.start), self.start).copy_(self.start)
+        return aligned_stack(len(self.clients), self._start).copy_(self._start)
+
+    def change(self, x: Tensor) -> Tensor:
+        """A new ``[n, d]``: ``x - start``."""
+        return x - self._start
 
     def follow(self, x: Tensor, direction: Tensor) -> Tensor:
         """A new ``[n, d]``: ``x - lr * direction``, frozen for those that have finished."""
@@ -154,9 +155,10 @@ class StackedContext(Context):
         return new
 
     def _full_gradient(self, form: StackForm | Paired, x: Tensor, new: Tensor) -> None:
-        assert self._rows is not None
+        locate = self._batches.rows
+        assert locate is not None
         for lane, client in enumerate(self.clients):
-            rows = self._rows(np.array([client])).to(x.device)
+            rows = locate(np.array([client])).to(x.device)
             if len(rows):
                 scale = x.new_full((1, len(rows), 1), 1.0 / len(rows))
                 form.gradient(x[lane : lane + 1], Batch(rows.unsqueeze(0), scale), new[lane : lane + 1])
@@ -173,7 +175,7 @@ class StackedContext(Context):
 
     def rng(self, purpose: str) -> Draw:
         """The keys of these tasks, one for each row."""
-        return self._randomness(purpose, self.clients, self._nth)
+        return self._randomness(purpose, self.clients, self._batches.nth)
 
 
 class StackedTrainer(Trainer):
@@ -201,29 +203,40 @@ class StackedTrainer(Trainer):
 
     def train(self, group: Sequence[Work]) -> list[Result]:
         """The results of a group in its order, whatever stacks it is cut into."""
-        results: dict[int, Result] = {}
-        for works in self._stacks(group):
-            for work, result in zip(works, self._train_stack(works), strict=True):
-                results[work.task] = result
-        return [results[work.task] for work in group]
-
-    def _stacks(self, group: Sequence[Work]) -> Iterator[list[Work]]:
-        """Tasks that may share a stack, the longest first, cut into stacks."""
         alike: dict[Any, list[Work]] = {}
         for work in group:
             alike.setdefault(self._kind(work), []).append(work)
-        for (job, size, *_), works in alike.items():
+        results: dict[int, Result] = {}
+        for works in alike.values():
             works.sort(key=lambda work: -work.steps)
-            most = self._lanes(self.jobs[job], size)
-            lanes = -(-len(works) // -(-len(works) // most))  # as few stacks as may be, about equally large
-            for first in range(0, len(works), lanes):
-                yield works[first : first + lanes]
+            for work, result in zip(works, self._train_alike(works), strict=True):
+                results[work.task] = result
+        return [results[work.task] for work in group]
+
+    def _train_alike(self, works: list[Work]) -> list[Result]:
+        """The results of tasks that may share a stack, the longest first, in as few stacks as may be."""
+        rule, batches = self.jobs[works[0].job], self._batches(works)
+        most = self._lanes(rule, batches.padded)
+        lanes = -(-len(works) // -(-len(works) // most))  # about equally large
+        results: list[Result] = []
+        for part in batches.parts(lanes):
+            results += self._train_stack(works[len(results) : len(results) + lanes], part)
+        return results
+
+    def _batches(self, works: Sequence[Work]) -> StackBatches:
+        numbers = np.array([(work.client, work.nth, work.steps) for work in works])
+        clients, nth, steps = np.ascontiguousarray(numbers.T)
+        samples, batch_size = self.samples[clients], self.jobs[works[0].job].batch_size
+        return StackBatches(clients, nth, samples, steps, batch_size, self.rows, self.randomness)
 
     def _kind(self, work: Work) -> tuple[Any, ...]:
         """What tasks must have in common to share a stack."""
         size = padded_size(self.jobs[work.job].batch_size, int(self.samples[work.client]))
+        kind = (work.job, size if self.form is not None else 0)
+        if not work.message and not work.state:
+            return kind
         tensors = ((name, each.shape, each.dtype) for part in (work.message, work.state) for name, each in part.items())
-        return work.job, size if self.form is not None else 0, *tensors
+        return *kind, *tensors
 
     def _lanes(self, rule: LocalSGD, size: int) -> int:
         """Most tasks in one stack of batches of this size."""
@@ -233,19 +246,19 @@ class StackedTrainer(Trainer):
             return 1
         return self.form.lanes(size)
 
-    def _train_stack(self, works: list[Work]) -> list[Result]:
+    def _train_stack(self, works: list[Work], batches: StackBatches) -> list[Result]:
         # A copy, so that what a rule writes to itself cannot reach another task: state belongs into the context.
-        rule = copy.copy(self.jobs[works[0].job])
-        lanes = works * 2 if len(works) == 1 and self._must_double(rule) else works
-        samples = self.samples[[work.client for work in lanes]]
-        form = self._form_for(padded_size(rule.batch_size, int(samples[0])))
-        context = StackedContext(lanes, rule, samples, self.rows, form, self.randomness, self.device)
+        rule, lanes = copy.copy(self.jobs[works[0].job]), works
+        if len(works) == 1 and self._must_double(rule):
+            lanes = works * 2
+            batches = self._batches(lanes)
+        context = StackedContext(lanes, batches, self._form_for(batches.padded), self.randomness, self.device)
         try:
             payload = unstacked(moved(rule.run(context), "cpu"), "the payload", len(lanes))
             state = unstacked(moved(context.state, "cpu"), "ctx.state", len(lanes))
         except (Exception, SystemExit) as error:
             if len(works) > 1:  # whose fault it was shows when each is trained by itself
-                return [result for work in works for result in self._train_stack([work])]
+                return [result for work in works for result in self._train_alike([work])]
             return [failure(rule, works[0], context.step + 1, 1, error)]
         steps = context.steps.tolist()
         return [Result(payload[lane], state[lane], steps[lane], len(works)) for lane in range(len(works))]
