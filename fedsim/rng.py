@@ -149,7 +149,7 @@ class Randomness:
         """The key of ``purpose`` and ``ids`` (ints or integer arrays, broadcast against each other)."""
         key: Any = _mix(self._root ^ _purpose_word(purpose))
         for each in ids:
-            if isinstance(key, int) and (isinstance(each, (int, np.integer)) or np.ndim(each) == 0):
+            if isinstance(key, int) and (type(each) is int or np.ndim(each) == 0):
                 key = _mix(key ^ _mix((int(each) + _CHILD) & _MASK))
             else:
                 # At least one dimension: numpy warns of the wanted overflow in scalars, not in arrays.

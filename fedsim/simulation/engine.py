@@ -149,21 +149,17 @@ class Simulation(Federation):
         Tries are uniform, so the first ``k`` different idle ones are a uniform draw of the idle.
         """
         draw, tries = self.randomness("pick by trial", self._picks), 4 * k + 8
-        if k == 1:
-            return self._pick_one(draw, tries)
+        online, busy = self.system.availability.online, self.tasks.busy
+        if k == 1:  # most often the first one tried is idle, so the others need not be drawn
+            for n in range(tries):
+                client = draw.nth_integer(self.clients, n)
+                if online[client] and not busy[client]:
+                    return np.array([client])
+            return None
         tried = draw.integers(self.clients, tries)
-        idle = tried[self.system.availability.online[tried] & ~self.tasks.busy[tried]]
+        idle = tried[online[tried] & ~busy[tried]]
         _, first = np.unique(idle, return_index=True)
         return np.sort(idle[np.sort(first)[:k]]) if len(first) >= k else None
-
-    def _pick_one(self, draw: Draw, tries: int) -> NDArray[np.int64] | None:
-        """The first idle one of those that would be tried: most often it is the first, and the only one drawn."""
-        online, busy = self.system.availability.online, self.tasks.busy
-        for n in range(tries):
-            client = draw.nth_integer(self.clients, n)
-            if online[client] and not busy[client]:
-                return np.array([client])
-        return None
 
     def dispatch(
         self,

@@ -49,7 +49,8 @@ class Preparation:
         self.nth = np.zeros(sim.clients, dtype=np.int64)
         """How many tasks of each client have taken effect."""
         self._plain = {name for name, rule in jobs.items() if _counts_plainly(type(rule))}
-        self._counts: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._counts: dict[tuple[object, ...], dict[tuple[int, int], tuple[int, int]]] = {}
+        """By a rule's settings: steps and examples by a client's examples and the steps asked for."""
 
     def prepare(self, batch: Sequence[LiveTask], measure: Callable[[LiveTask], None]) -> None:
         """Prepare all tasks that take effect together.
@@ -59,8 +60,10 @@ class Preparation:
             measure: trains a task at once and sets its steps; called for rules whose work depends on its outcome.
         """
         copies: Copies = {}
-        for job in dict.fromkeys([task.order.job for task in batch]):
-            tasks = [task for task in batch if task.order.job == job]
+        jobs: dict[str, list[LiveTask]] = {}
+        for task in batch:
+            jobs.setdefault(task.order.job, []).append(task)
+        for job, tasks in jobs.items():
             rule = self.sim.strategy.jobs[job]
             self._count(tasks, rule)
             self._take(tasks, rule, copies, measure)
@@ -112,16 +115,16 @@ class Preparation:
         if tasks[0].order.job not in self._plain or isinstance(rule.steps, list) or isinstance(rule.epochs, list):
             self._count_anew(tasks, rule)
             return
-        settings, samples = (rule.steps, rule.epochs, rule.batch_size), self.sim.samples
+        counts = self._counts.setdefault((rule.steps, rule.epochs, rule.batch_size), {})
         for task in tasks:
-            key = (*settings, samples.item(task.client), task.steps)
-            known = self._counts.get(key)
-            if known is None:
-                self._count_anew([task], rule)
-                if len(self._counts) < MOST_COUNTS:
-                    self._counts[key] = task.steps, task.samples
-            else:
+            key = self.sim.samples.item(task.client), task.steps
+            known = counts.get(key)
+            if known is not None:
                 task.steps, task.samples = known
+            else:
+                self._count_anew([task], rule)
+                if len(counts) < MOST_COUNTS:
+                    counts[key] = task.steps, task.samples
 
     def _count_anew(self, tasks: Sequence[LiveTask], rule: LocalSGD) -> None:
         samples, asked = self._samples(tasks), np.array([task.steps for task in tasks])
