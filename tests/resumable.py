@@ -1,8 +1,9 @@
 """One run that can be begun, killed and resumed: as a module for the tests, as a script that kills itself.
 
-``python resumable.py OUT STRATEGY SEED`` begins the run in a forked child, kills the child's whole process group
-with SIGKILL after a random while, resumes in a new child, and so on until the run is complete.
-``python resumable.py OUT STRATEGY CALL write`` kills at the CALL-th rename of a file instead: in mid-write.
+``python resumable.py OUT STRATEGY random SEED`` begins the run in a forked child, kills the child's whole process
+group with SIGKILL after a random while, resumes in a new child, and so on until the run is complete.
+``python resumable.py OUT STRATEGY write CALL...`` kills at the CALL-th rename of a file instead: in mid-write, once
+in each of the runs ``OUT/CALL``.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ STRATEGIES: dict[str, Any] = {
 
 def simulate(strategy: str, out: Path | None, **more: Any) -> fedsim.Run:
     return fedsim.simulate(
-        STRATEGIES[strategy](fedsim.LocalSGD(momentum=0.9, steps=8, lr=0.05)),
+        STRATEGIES[strategy](fedsim.LocalSGD(momentum=0.9, steps=4, lr=0.05)),
         fedsim.Classification(IMAGES, Logistic()),
         fedsim.System(Lognormal(jitter=0.4), Constant(down=2.0, up=0.5), Markov(), Faults(dropout=0.1, when="any")),
-        stop=fedsim.Stop(rounds=120),
+        stop=fedsim.Stop(rounds=60),
         clients=25,
         cohort=8,
         eval_every=5,
@@ -82,28 +83,44 @@ def child(strategy: str, out: Path, call: int = 0) -> int:
     os._exit(0)
 
 
-def main(out: Path, strategy: str, number: int, in_writes: bool) -> int:
-    """How often the run was killed before it was complete."""
-    chance, kills = random.Random(number), 0
+def ended(pid: int, options: int = 0) -> bool:
+    """Whether a child is complete; False if it was killed or, with ``WNOHANG``, is still at work."""
+    done, status = os.waitpid(pid, options)
+    if not done:
+        return False
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit("the run failed")
+    return os.WIFEXITED(status)
+
+
+def killed_at_random(out: Path, strategy: str, seed: int, seconds: float) -> int:
+    """How often the run, of so many seconds, was killed before it was complete."""
+    chance, kills = random.Random(seed), 0
     while True:
-        done = 0
-        pid = child(strategy, out, number if in_writes and not kills else 0)
-        if not in_writes:
-            time.sleep(chance.uniform(0.02, 0.7))
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if not done:
-                with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
-                    os.killpg(pid, signal.SIGKILL)
-                os.kill(pid, signal.SIGKILL)
-        if not done:
-            _, status = os.waitpid(pid, 0)
-        if os.WIFEXITED(status):
-            if os.WEXITSTATUS(status):
-                raise SystemExit(f"the run failed after {kills} kills")
+        pid = child(strategy, out)
+        time.sleep(chance.uniform(0.01, 0.2) * seconds * 1.03**kills)  # so that it ends however busy the machine is
+        if ended(pid, os.WNOHANG):
+            return kills
+        with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+            os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
+        if ended(pid):
             return kills
         kills += 1
 
 
-if __name__ == "__main__":
+def main(out: Path, strategy: str, how: str, *numbers: str) -> None:
     simulate("fedavg", None, checkpoint=None)  # everything imported and warm before the first fork
-    print(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), len(sys.argv) > 4))
+    if how == "random":
+        began = time.monotonic()
+        simulate(strategy, None, checkpoint=None)
+        print(killed_at_random(out, strategy, int(numbers[0]), time.monotonic() - began))
+        return
+    for call in numbers:
+        if ended(child(strategy, out / call, int(call))):
+            raise SystemExit(f"there is no {call}-th rename")
+        ended(child(strategy, out / call))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *sys.argv[2:])

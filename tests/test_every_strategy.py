@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from support import Scripted
 import fedsim
 from fedsim.assemble import Assembly
 from fedsim.config import choices, compose_run
+from fedsim.system.compute import Constant
+from fedsim.system.faults import Faults
 
 NAMES = sorted(choices("strategy", Path(__file__).parent))
 
@@ -28,17 +32,54 @@ OTHERWISE = {
 }
 
 
-def run(name: str, *overrides: str, **more: Any) -> fedsim.Run:
-    return Assembly(*compose_run([f"strategy={name}", *overrides], Path(__file__).parent)).run(**more)
+@cache
+def composed(name: str, *overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """To compose a configuration takes as long as to run some of these."""
+    return compose_run([f"strategy={name}", *overrides], Path(__file__).parent)
 
 
+def assembled(name: str, *overrides: str, out: Path) -> Assembly:
+    config, chosen = composed(name, *overrides)
+    return Assembly({**copy.deepcopy(config), "out": str(out)}, chosen)
+
+
+def run(name: str, *overrides: str, out: Path, **more: Any) -> fedsim.Run:
+    return assembled(name, *overrides, out=out).run(**more)
+
+
+SMALL = [
+    "model=logistic",
+    "topology=exponential",
+    "compute=uniform",
+    "clients=10",
+    "cohort=5",
+    "rounds=15",
+    "eval_every=15",
+    "local.batch_size=50",
+]
+SMALL_OTHERWISE = {
+    "async_fedavg": ["local.steps=5", "strategy.server_lr=0.1"],
+    "dpsgd": ["rounds=60", "eval_every=60"],  # one gradient per round, and no local.steps
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_few_steps_on_the_images_teach_much(name: str, tmp_path: Path) -> None:
+    """Quick and rough; the full guard against errors of sign or unit is the slow one below."""
+    done = run(name, *SMALL, *SMALL_OTHERWISE.get(name, ["local.steps=5"]), out=tmp_path / "run")
+    assert done.metrics.accuracy.iloc[0] < 0.3
+    assert done.metrics.accuracy.iloc[-1] >= 0.6
+    assert (done.summary["mean_staleness"] == 0) == (name in WAITING)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_seventy_percent_of_the_test_images_are_right(name: str, tmp_path: Path) -> None:
     """On the embedded images, an MLP, Dirichlet(0.3) labels, unequal speeds: no error of sign or unit survives this."""
     population = ["clients=20", "topology=exponential"] if name in PEERS else ["clients=100"]
     # The run ends early, by validation data alone.
-    usual = ["network=none", "target=0.75", "rounds=60", "eval_every=5", f"out={tmp_path / 'run'}"]
-    done = run(name, *population, *usual, *OTHERWISE.get(name, []))
+    usual = ["network=none", "target=0.75", "rounds=60", "eval_every=5"]
+    done = run(name, *population, *usual, *OTHERWISE.get(name, []), out=tmp_path / "run")
     assert done.metrics.accuracy.iloc[0] < 0.3
     assert done.metrics.accuracy.iloc[-1] >= 0.7
     assert (done.summary["mean_staleness"] == 0) == (name in WAITING)
@@ -60,6 +101,8 @@ LIVELY = [
     "topology=random",
 ]
 """Clients that come and go, drop out, and need another time for every task."""
+
+QUADRATIC = [*LIVELY, "problem=quadratic", "checkpoint.events=3"]
 
 
 def hashes(path: Path) -> tuple[str, str]:
@@ -87,15 +130,14 @@ class StopAfter:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_that_is_stopped_three_times_ends_with_the_same_bits(name: str, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    settings = [*LIVELY, "problem=quadratic", "checkpoint.events=3"]
-    done = run(name, *settings, f"out={whole}")
+    done = run(name, *QUADRATIC, out=whole)
     began: list[float] = []
     for _ in range(3):
         stop = StopAfter(5 + len(set(done.events.dispatched)) // 6)
         with pytest.raises(StoppedError):
-            run(name, *settings, f"out={parts}", observer=stop, resume=parts.exists())
+            run(name, *QUADRATIC, out=parts, observer=stop, resume=parts.exists())
         began.append(stop.instants[0])
-    run(name, *settings, f"out={parts}", resume=True)
+    run(name, *QUADRATIC, out=parts, resume=True)
     assert hashes(parts) == hashes(whole)
     assert (parts / "summary.json").read_text() == (whole / "summary.json").read_text()
     assert 0 == began[0] < began[1] < began[2] < done.summary["time"]  # each time it went on, none began anew
@@ -108,9 +150,8 @@ def test_a_run_that_is_stopped_three_times_ends_with_the_same_bits(name: str, tm
 def test_a_run_to_which_nobody_comes_says_so(name: str, tmp_path: Path) -> None:
     leaving = [(2.5, client, False) for client in range(12)]
     for number, presence in enumerate((Scripted(absent=tuple(range(12))), Scripted(*leaving))):
-        settings = [f"strategy={name}", *LIVELY, "problem=quadratic", "faults=none", f"out={tmp_path / str(number)}"]
-        assembly = Assembly(*compose_run([*settings, "compute=constant", "compute.mean=1"], Path(__file__).parent))
-        assembly.system.availability = presence
+        assembly = assembled(name, *QUADRATIC, out=tmp_path / str(number))
+        assembly.system = fedsim.System(Constant(mean=1.0), assembly.system.network, presence, Faults())
         with pytest.raises(fedsim.SimulationError, match="nothing is left to happen at"):
             assembly.run()
 
@@ -128,6 +169,6 @@ def cluster() -> Iterator[None]:
 @pytest.mark.parametrize("name", NAMES)
 def test_ray_gives_the_same_bits(name: str, cluster: None, tmp_path: Path) -> None:
     inline, remote = tmp_path / "inline", tmp_path / "ray"
-    run(name, *LIVELY, f"out={inline}")
-    run(name, *LIVELY, "pool=ray", "pool.workers=2", "pool.group=3", f"out={remote}")
+    run(name, *LIVELY, out=inline)
+    run(name, *LIVELY, "pool=ray", "pool.workers=2", "pool.group=3", out=remote)
     assert hashes(inline) == hashes(remote)
