@@ -67,6 +67,18 @@ class Problem(ABC):
             noise: a 63-bit seed, different for every gradient, for models that draw (dropout).
         """
 
+    def descend(self, x: Tensor, client: int, batch: Tensor | None, noise: int, lr: Tensor) -> None:
+        """``x <- x - lr * gradient`` in place: for problems that need not make the gradient to take a step.
+
+        Args:
+            x: parameters ``[d]``.
+            client: whose data, as ``batch`` and ``noise`` for :meth:`gradient`.
+            batch: positions within the client's examples; None is all of them.
+            noise: the seed of what is drawn.
+            lr: the learning rate ``[1]``, of the parameters' dtype.
+        """
+        x.addcmul_(lr, self.gradient(x, client, batch, noise), value=-1.0)
+
     @abstractmethod
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Metrics of one parameter vector, such as ``loss, accuracy, val_loss, val_accuracy``."""

@@ -59,11 +59,11 @@ def layers_of(module: nn.Module, layout: Layout, shape: tuple[int, ...]) -> tupl
     """
     places = _offsets(layout)
     layers: list[Layer] = []
-    parts = list(_parts(module))
+    parts = list(parts_of(module))
     if len(shape) != 1 and not isinstance(parts[0][1], nn.Flatten):
         return None
     for name, part in parts:
-        if _is_altered(part):
+        if is_altered(part):
             return None
         kind = type(part)
         if kind is nn.Linear:
@@ -83,17 +83,17 @@ def _offsets(layout: Layout) -> dict[str, int]:
     return dict(zip(layout.names, np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(int).tolist(), strict=True))
 
 
-def _parts(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules that are run one after another, with their names; a module of another kind is one part."""
-    if type(module) is not nn.Sequential or _is_altered(module):
+    if type(module) is not nn.Sequential or is_altered(module):
         yield prefix, module
         return
     for name, child in module._modules.items():  # named_children() would pass over a module's second place
         assert child is not None
-        yield from _parts(child, f"{prefix}.{name}" if prefix else name)
+        yield from parts_of(child, f"{prefix}.{name}" if prefix else name)
 
 
-def _is_altered(module: nn.Module) -> bool:
+def is_altered(module: nn.Module) -> bool:
     """Whether hooks or parametrisations make a module do something else than its class says."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, each, None) for each in hooks) or hasattr(module, "parametrizations")

@@ -14,61 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedsim.checks import ConfigError, number
+from fedsim.checks import ConfigError, flag, number, one_of
 from fedsim.data.partitions import Divided, Iid, Partition, Table
 from fedsim.data.sources import Dataset, Embedded, Source
 from fedsim.problems.base import CLIENTS, Problem, count_classes
 from fedsim.problems.chain import Chain, layers_of
 from fedsim.problems.client_split import PARTS, ClientSplit
 from fedsim.problems.models import CheckedModel, Mlp, Model
+from fedsim.problems.modules import PRECISIONS, FlatModule, as_new, check_compiler, torch_seeded
+from fedsim.problems.sequential import Sequential, sequential_of
 from fedsim.rng import Randomness
-from fedsim.vectors import Layout
 
 CHUNK = 500
 """Examples evaluated at once: enough to keep a core busy, few enough for a convolution's memory."""
-
-
-@contextmanager
-def torch_seeded(seed: int) -> Iterator[None]:
-    """Torch's CPU generator seeded within the block and as it was after it."""
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: that would seed every GPU as well, and leave it so.
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-class FlatModule:
-    """A module whose trainable parameters are views of one flat vector: writing ``values [d]`` sets them.
-
-    A copied or unpickled one has views of its own.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module.train()
-        trained = {name: each for name, each in module.named_parameters() if each.requires_grad}
-        if not trained:
-            raise ConfigError(f"model: {type(module).__name__} has no trainable parameters")
-        try:
-            self.layout = Layout.of(trained)
-        except ValueError as error:
-            raise ConfigError(f"model: {error}") from None
-        self.values = self.layout.join(trained)
-        self.parameters = list(trained.values())
-        for parameter, value in zip(self.parameters, self.layout.split(self.values).values(), strict=True):
-            parameter.data = value
-
-    def slope(self, images: Tensor, labels: Tensor) -> Tensor:
-        """A new gradient ``[d]`` of the mean cross-entropy at ``values``; parameters not used get zeros."""
-        with torch.enable_grad():
-            loss = cross_entropy(self.module(images), labels)
-            parts = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        return torch.cat([part.reshape(-1) for part in parts])
-
-    def __getstate__(self) -> nn.Module:
-        return copy.deepcopy(self.module)  # torch gives each copied parameter memory of its own
-
-    def __setstate__(self, module: nn.Module) -> None:
-        FlatModule.__init__(self, module)
 
 
 @dataclass(slots=True)
@@ -111,6 +69,9 @@ class Classification(Problem):
         validation: share of the training examples kept for validation, 0 to 0.5.
         client_validation: share of its own examples that each client keeps for validation, 0 to 0.5.
         client_test: share of its own examples that each client keeps for test, 0 to 0.5.
+        precision: of forward passes in training: ``float32`` leaves them in the parameters' own, ``bfloat16`` is
+            torch's autocast. Parameters, gradients and evaluation stay as they are.
+        compile: whether ``torch.compile`` makes forward passes and gradients in training; takes a C++ compiler.
 
     Raises:
         ConfigError: from the constructor for wrong arguments, from :meth:`prepare` for data and models that
@@ -125,6 +86,8 @@ class Classification(Problem):
         validation: float = 0.1,
         client_validation: float = 0.0,
         client_test: float = 0.0,
+        precision: str = "float32",
+        compile: bool = False,
     ) -> None:
         self.data = Embedded() if data is None else data
         self.model = Mlp() if model is None else model
@@ -132,6 +95,10 @@ class Classification(Problem):
         self.validation = number("validation", validation, least=0, most=0.5)
         self.client_validation = number("client_validation", client_validation, least=0, most=0.5)
         self.client_test = number("client_test", client_test, least=0, most=0.5)
+        self.precision = one_of("precision", precision, PRECISIONS)
+        self.compile = flag("compile", compile)
+        if self.compile:
+            check_compiler()
         if not isinstance(self.data, (Dataset, Source)):
             raise ConfigError(f"data={data!r}: must be a Dataset or have load()")
         if not (isinstance(self.model, (nn.Module, Model)) or callable(self.model)):
@@ -159,7 +126,10 @@ class Classification(Problem):
             module = self._build(data)
             dtype = next((each.dtype for each in module.parameters()), torch.float32)
             self.draws = _probe(module, data.train_x[:2].to(dtype), data.classes)
-        self._flat = FlatModule(module)
+        if self.precision == "bfloat16" and dtype is not torch.float32:
+            name = str(dtype).removeprefix("torch.")
+            raise ConfigError(f"precision=bfloat16: needs a model of float32 parameters, this one's are {name}")
+        self._flat = FlatModule(module, self.precision, self.compile)
         self.layout = self._flat.layout
         self._initial = self._flat.values.clone()
 
@@ -171,6 +141,7 @@ class Classification(Problem):
         self.train_x, self.train_y = data.train_x.to(dtype), data.train_y
         self.val_x, self.val_y = self._gathered(torch.from_numpy(self.val_rows))
         self.test_x, self.test_y = data.test_x.to(dtype), data.test_y
+        self._form = self._written_down() or self._flat
 
     def _build(self, data: Dataset) -> nn.Module:
         """The user's module."""
@@ -185,6 +156,16 @@ class Classification(Problem):
         if not isinstance(module, nn.Module):
             raise ConfigError(f"model: made a {type(module).__name__}, not a torch module")
         return module
+
+    def _written_down(self) -> Sequential | None:
+        """The module with its derivatives written down, where that is known; chains have a faster form still."""
+        if not self._is_plain() or self.chain() is not None:
+            return None
+        return sequential_of(self._flat.module, self.layout, tuple(self.train_x.shape[1:]))
+
+    def _is_plain(self) -> bool:
+        """Whether training computes in the parameters' own precision, by the operations of torch's own library."""
+        return self.precision == "float32" and not self.compile
 
     def _validation_split(self, n: int, randomness: Randomness) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Which of ``n`` training examples are kept for validation and which are not, both ascending."""
@@ -201,7 +182,9 @@ class Classification(Problem):
         return self._initial.clone()
 
     def chain(self) -> Chain | None:
-        """The module as a chain of linear layers, if it is nothing else."""
+        """The module as a chain of linear layers, if it is nothing else and ``precision`` and ``compile`` are plain."""
+        if not self._is_plain():
+            return None
         layers = layers_of(self._flat.module, self.layout, tuple(self.train_x.shape[1:]))
         if layers is None:
             return None
@@ -244,17 +227,23 @@ class Classification(Problem):
 
     def gradient(self, x: Tensor, client: int, batch: Tensor | None, noise: int) -> Tensor:
         """The gradient ``[d]`` of the mean cross-entropy over a client's batch; zero if there are no examples."""
-        if batch is None:
-            images, labels = self.examples(client)
-        else:
-            images, labels = self._gathered(self.rows(client)[batch])
+        images, labels = self._batch(client, batch)
         if not len(labels):
-            return torch.zeros_like(self._initial)
-        self._flat.values.copy_(x)
-        if not self.draws:
-            return self._flat.slope(images, labels)
-        with torch_seeded(noise):
-            return self._flat.slope(images, labels)
+            return torch.zeros_like(x)
+        return self._form.gradient(as_new(x), images, labels, noise if self.draws else None)
+
+    def descend(self, x: Tensor, client: int, batch: Tensor | None, noise: int, lr: Tensor) -> None:
+        """``x <- x - lr * gradient`` in place, ``lr [1]``; for some models without making the gradient."""
+        images, labels = self._batch(client, batch)
+        if not len(labels):
+            return
+        own = as_new(x)
+        self._form.descend(own, images, labels, lr.item(), noise if self.draws else None)
+        if own is not x:
+            x.copy_(own)
+
+    def _batch(self, client: int, batch: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.examples(client) if batch is None else self._gathered(self.rows(client)[batch])
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Mean cross-entropy and accuracy: ``loss, accuracy`` (test) and, if kept, ``val_loss, val_accuracy``."""
@@ -293,6 +282,7 @@ class Classification(Problem):
     def _evaluating(self, x: Tensor) -> Iterator[nn.Module]:
         """The module with parameters ``x [d]``, for evaluation within the block."""
         self._flat.values.copy_(x)
+        self._flat.bind(self._flat.values)
         module = self._flat.module.eval()
         try:
             # Seeded for modules that draw even now: evaluation too must not depend on what ran before.

@@ -48,9 +48,14 @@ class SingleContext(Context):
 
     def grad(self, x: Tensor, batch: Any = None) -> Tensor:
         """One gradient of the client's mean loss. Two calls in one step share their randomness (dropout)."""
-        work = self._work
-        noise = self._randomness("gradient noise", work.client, work.nth, self.step + 1).torch_seed()
-        return self._problem.gradient(x[0], work.client, batch, noise).unsqueeze(0)
+        return self._problem.gradient(x[0], self._work.client, batch, self._noise()).unsqueeze(0)
+
+    def descend(self, x: Tensor, batch: Any) -> None:
+        """``x <- x - lr * grad(x, batch)`` in place, with the randomness of this step."""
+        self._problem.descend(x[0], self._work.client, batch, self._noise(), self.lr[0])
+
+    def _noise(self) -> int:
+        return self._randomness("gradient noise", self._work.client, self._work.nth, self.step + 1).torch_seed()
 
     def rng(self, purpose: str) -> Draw:
         """The keys of this client's task."""
