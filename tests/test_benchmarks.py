@@ -166,10 +166,23 @@ def test_a_contestant_does_what_it_is_told_and_leaves() -> None:
         assert pupil.model().tolist() == [6]  # the first one was to warm up
         pupil.watch(4)
         assert 1e8 < pupil.peak < 2e8
-        assert rounds_in(0.0, pupil) == 1
-        assert pupil.finish() == {"done": 12}
+        assert pupil.finish() == {"done": 10}
         process = pupil._process.pid
     assert processes.tree(process) == []
+
+
+class Steady(Contestant):
+    """Needs a hundredth of a second for each round, and ``warm_up`` more for the first."""
+
+    def rounds(self, count: int) -> Block:
+        first, self.warm_up = self.warm_up, 0.0
+        return Block(0.01 * count + first, 0.0, count)
+
+
+def test_blocks_last_about_as_long_as_wanted_and_one_round_at_least() -> None:
+    assert rounds_in(2.0, Steady("steady", [])) == 200
+    assert rounds_in(2.0, Steady("steady", [], warm_up=0.1)) == 200
+    assert rounds_in(0.001, Steady("steady", [])) == 1
 
 
 def test_contestants_take_turns_and_are_compared_within_a_repeat() -> None:

@@ -36,7 +36,8 @@ class Effort:
 
     Attributes:
         repeats: of every measurement; medians are taken.
-        asynchronous_repeats: of FedBuff, whose blocks are longer.
+        asynchronous_repeats: of FedBuff.
+        asynchronous_rounds: fewest of FedBuff in a repeat.
         kernel_repeats: of every schedule.
         seconds: that every contestant trains in each repeat, and that a schedule takes.
         million_rounds: of the run with a million clients; 50 are all of it.
@@ -46,6 +47,7 @@ class Effort:
 
     repeats: int
     asynchronous_repeats: int
+    asynchronous_rounds: int
     kernel_repeats: int
     seconds: float
     million_rounds: int
@@ -56,6 +58,7 @@ class Effort:
 FULL = Effort(
     repeats=7,
     asynchronous_repeats=5,
+    asynchronous_rounds=20,
     kernel_repeats=3,
     seconds=2.0,
     million_rounds=50,
@@ -63,7 +66,14 @@ FULL = Effort(
     agreement=True,
 )
 SHORT = Effort(
-    repeats=3, asynchronous_repeats=2, kernel_repeats=1, seconds=0.7, million_rounds=3, ray=("W1a",), agreement=False
+    repeats=3,
+    asynchronous_repeats=2,
+    asynchronous_rounds=10,
+    kernel_repeats=1,
+    seconds=0.7,
+    million_rounds=2,
+    ray=("W1a",),
+    agreement=False,
 )
 
 
@@ -86,7 +96,9 @@ def measure_workload(report: Report, name: str, effort: Effort, others: Mapping[
 
 def measure_asynchronous(report: Report, effort: Effort, folder: Path) -> None:
     """FedBuff beside FedAvg."""
-    measured, group = training.run_asynchronous(folder, effort.asynchronous_repeats, effort.seconds)
+    measured, group = training.run_asynchronous(
+        folder, effort.asynchronous_repeats, effort.seconds, effort.asynchronous_rounds
+    )
     report.add(f"## {tables.describe(ASYNCHRONOUS)}; for FedBuff log-normal speeds, {IN_FLIGHT} in flight")
     report.add(tables.contest_table(ASYNCHRONOUS, measured), f"FedBuff's mean training group: {group:.1f} tasks.")
     report.results["asynchronous"] = speed(

@@ -219,10 +219,11 @@ class Measured:
 
 def rounds_in(seconds: float, contestant: Contestant) -> int:
     """How many rounds a warm contestant does in about so many seconds, at least one."""
-    count = 1
-    for share in (0.2, 1.0):  # one short round alone would say too little
-        count = max(1, round(share * seconds * count / contestant.rounds(count).wall))
-    return count
+    each = contestant.rounds(1).wall
+    if each < 0.2 * seconds:  # one short round alone would say too little
+        count = round(0.2 * seconds / each)
+        each = contestant.rounds(count).wall / count
+    return max(1, round(seconds / each))
 
 
 def interleaved(contestants: Sequence[Contestant], repeats: int, seconds: float, least: int = 1) -> dict[str, Measured]:

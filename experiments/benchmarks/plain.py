@@ -81,10 +81,11 @@ def train(module: nn.Module, x: Tensor, y: Tensor, workload: Workload) -> None:
         rows = order[first : first + workload.batch]
         for parameter in parameters:
             parameter.grad = None
-        cross_entropy(module(x[rows]), y[rows]).backward()
+        torch.autograd.backward(cross_entropy(module(x[rows]), y[rows]))
         with torch.no_grad():
             for parameter in parameters:
-                parameter.add_(parameter.grad, alpha=-workload.lr)
+                if parameter.grad is not None:
+                    parameter.add_(parameter.grad, alpha=-workload.lr)
 
 
 class NaiveLoop:

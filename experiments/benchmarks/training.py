@@ -10,13 +10,10 @@ import numpy as np
 
 from experiments.benchmarks import tensors
 from experiments.benchmarks.contest import Contestant, Measured, contest, interleaved
-from experiments.benchmarks.workloads import ASYNCHRONOUS, Workload
+from experiments.benchmarks.workloads import ASYNCHRONOUS, IN_FLIGHT, Workload
 
 RAY_WARM_UP = 8.0
 """Seconds until all of Ray's workers have joined."""
-
-ASYNCHRONOUS_ROUNDS = 20
-"""Fewest rounds in a block: of the 200 results then up to 50 are trained ahead, or were in the block before."""
 
 AGREEMENT = 1e-5
 """Largest difference of two models' weights that is rounding."""
@@ -79,13 +76,22 @@ def run_gpu_contest(workload: Workload, folder: Path, repeats: int, seconds: flo
         return interleaved(contestants, repeats, seconds)
 
 
-def run_asynchronous(folder: Path, repeats: int, seconds: float) -> tuple[Mapping[str, Measured], float]:
-    """FedBuff beside FedAvg on the same 500 clients, and FedBuff's mean training group."""
+def run_asynchronous(folder: Path, repeats: int, seconds: float, rounds: int) -> tuple[Mapping[str, Measured], float]:
+    """FedBuff beside FedAvg on the same 500 clients, and FedBuff's mean training group.
+
+    Args:
+        folder: for tensors and records.
+        repeats: how often each is measured.
+        seconds: about how long each trains in a repeat.
+        rounds: fewest in a repeat: up to 50 tasks are trained before they count, or counted after their block.
+    """
     path = tensors.write(ASYNCHRONOUS, folder)
     fedbuff = ours(path, ASYNCHRONOUS, method="fedbuff")
     contestants = [ours(path, ASYNCHRONOUS), fedbuff]
     with contest(contestants):
-        measured = interleaved(contestants, repeats, seconds, least=ASYNCHRONOUS_ROUNDS)
+        # In the first rounds more is trained than received: everybody in flight at once.
+        fedbuff.rounds(IN_FLIGHT // ASYNCHRONOUS.cohort)
+        measured = interleaved(contestants, repeats, seconds, least=rounds)
         return measured, float(fedbuff.finish()["group"])
 
 
