@@ -19,7 +19,8 @@ def pickled_with_user_code(value: Any) -> bytes:
         ConfigError: if something in it cannot be pickled.
     """
     cloudpickle: Any = import_module("ray.cloudpickle")
-    ours = [module for module in list(sys.modules.values()) if _is_users(module)]
+    # By their own names, for a module may stand in sys.modules under several.
+    ours = list({module.__name__: module for module in list(sys.modules.values()) if _is_users(module)}.values())
     for module in ours:
         cloudpickle.register_pickle_by_value(module)
     try:
