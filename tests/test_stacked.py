@@ -110,6 +110,15 @@ def test_steps_are_those_of_autograd_for_any_shape_batch_and_mask(
     assert_close(made, rule, works(made, steps[: len(sizes)]), 1e-12 if double else 1e-5)
 
 
+def test_half_precision_chains_are_chains_like_others() -> None:
+    made = problem(SIZES, nn.Sequential(nn.Linear(7, 4)).to(torch.bfloat16))
+    rule = fedsim.LocalSGD(lr=0.1, batch_size=5)
+    assert_close(made, rule, works(made, STEPS), 0.05)  # eight bits of mantissa, up to eight steps
+    trainer = StackedTrainer(made, {"train": rule}, RANDOM)
+    whole, alone = trainer.train(works(made, STEPS)), [trainer.train([each])[0] for each in works(made, STEPS)]
+    assert all(map(torch.equal, vectors(alone), vectors(whole)))
+
+
 class Sharpness(fedsim.LocalSGD):
     """Two gradients a step, at points that are stacks of their own."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from fedsim.checks import ConfigError, whole
 from fedsim.local import LocalSGD
@@ -17,6 +17,8 @@ class Pool(ABC):
     """Trains tasks somewhere."""
 
     name: str
+    trains_beside: ClassVar[bool] = False
+    """Whether training goes on beside the driver, which can do something else meanwhile."""
 
     @abstractmethod
     def open(self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> None:

@@ -86,6 +86,7 @@ class RayPool(Pool):
     """
 
     name = "ray"
+    trains_beside = True
 
     def __init__(
         self,

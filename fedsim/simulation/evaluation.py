@@ -38,6 +38,8 @@ class Evaluation:
         self.every, self.client_every = every, client_every
         self.log = Log(METRIC_COLUMNS)
         self.latest: dict[str, float] = {}
+        self._due: tuple[dict[str, Tensor], tuple[Any, ...]] | None = None
+        """The views of an evaluation that has been put off, and how its row begins."""
         self._next = self._next_clients = 0
         self._taken: tuple[int, int, int] | None = None
         self._clients_taken: tuple[int, int, int] | None = None
@@ -54,6 +56,7 @@ class Evaluation:
 
     def final(self) -> None:
         """Evaluate the end of the run, on the clients' own examples too if ever, unless that has just been done."""
+        self.catch_up()
         clients, moment = bool(self.client_every), self._moment()
         if not self.every or (self._taken == moment and (not clients or self._clients_taken == moment)):
             return
@@ -87,6 +90,7 @@ class Evaluation:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything that :meth:`restore` needs, the whole log included: it is short."""
+        self.catch_up()
         log = {"columns": self.log.columns, "rows": self.log.rows()}
         due = {"next": self._next, "next_clients": self._next_clients}
         return {"latest": self.latest, "taken": self._taken, "clients_taken": self._clients_taken, **due, **log}
@@ -104,25 +108,44 @@ class Evaluation:
         return self.sim.kernel.now, self.sim.updates, self.sim.version
 
     def _take(self, clients: bool) -> None:
+        """Evaluate the views as they are now: at once, or while workers train, if nobody asks before."""
+        self.catch_up()
         sim = self.sim
+        down, up = sim.bytes_moved()
+        begin = (sim.version, sim.round, sim.now, sim.updates, sim.samples_done, up, down)
+        views = dict(sim.strategy.views(sim))
+        self._taken = self._moment()
+        may_wait = sim.pool.trains_beside and sim.limits.target is None and not clients
+        if may_wait and all(vectors.ndim == 1 for vectors in views.values()):
+            self._due = ({name: vector.clone() for name, vector in views.items()}, begin)
+            return
+        per_client = _of_clients(self.per_client()) if clients else {}
+        if clients:
+            self._clients_taken = self._taken
+        self._evaluate(views, begin, per_client)
+
+    def catch_up(self) -> None:
+        """Make the evaluation that has been put off, if there is one."""
+        if self._due is not None:
+            due, self._due = self._due, None
+            self._evaluate(*due, {})
+
+    def _evaluate(self, views: Mapping[str, Tensor], begin: tuple[Any, ...], per_client: dict[str, float]) -> None:
+        problem = self.sim.problem
         self.latest = {}
-        for view, vectors in sim.strategy.views(sim).items():
+        for view, vectors in views.items():
             prefix = "" if view == "global" else f"{view}_"
             if vectors.ndim == 1:
-                found = {prefix + name: float(value) for name, value in sim.problem.evaluate(vectors).items()}
+                found = {prefix + name: float(value) for name, value in problem.evaluate(vectors).items()}
             else:
-                found = _of_nodes(sim.problem, prefix, vectors)
+                found = _of_nodes(problem, prefix, vectors)
                 found["consensus" if view == "nodes" else f"{view}_consensus"] = consensus(vectors)
             self.latest.update(found)
-        if clients:
-            self.latest.update(_of_clients(self.per_client()))
-            self._clients_taken = self._moment()
+        self.latest.update(per_client)
         for name in self.latest:
             self.log.columns.setdefault(name, "float64")
-        self._taken = self._moment()
-        down, up = sim.bytes_moved()
         metrics = [self.latest.get(name) for name in list(self.log.columns)[len(METRIC_COLUMNS) :]]
-        self.log.append((sim.version, sim.round, sim.now, sim.updates, sim.samples_done, up, down, *metrics))
+        self.log.append((*begin, *metrics))
 
 
 def consensus(nodes: Tensor) -> float:

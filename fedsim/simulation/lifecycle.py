@@ -158,6 +158,7 @@ class Lifecycle:
         if task.result is None and task.id in self._waiting:
             self._train(list(self._waiting.values()))
         if task.result is None:
+            self.sim.evaluation.catch_up()  # while the workers are busy
             self._keep(task, self.sim.pool.result(task.id))
         assert task.result is not None
         return task.result

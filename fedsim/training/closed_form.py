@@ -98,7 +98,7 @@ class ClosedForm:
 
     def _same(self, whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor]) -> bool:
         """Whether the first rows of stacks are those of smaller stacks, bit for bit, NaN or not."""
-        bits = {4: torch.int32, 8: torch.int64}[whole[0].element_size()]
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[whole[0].element_size()]
         return all(torch.equal(a[: len(b)].view(bits), b.view(bits)) for a, b in zip(whole, part, strict=True))
 
     def _trial(self, x: Tensor, rows: Tensor, scale: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
