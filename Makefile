@@ -25,10 +25,10 @@ run: $(VENV)/.ready  ## the main job: FedAvg, FedAsync, FedBuff, three seeds eac
 	$(BIN)/fedsim report $(RUNS) --target 0.75
 
 test: $(VENV)/.ready  ## the tests, with ruff, mypy and import-linter among them
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 slow: $(VENV)/.ready  ## the slow tests: the wheel in an empty environment, long guards
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: $(VENV)/.ready  ## ruff, mypy and import-linter alone
 	$(BIN)/ruff check .

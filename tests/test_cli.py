@@ -69,28 +69,18 @@ def test_same_command_same_bits_and_overwrite(folder: Path) -> None:
     assert hashes() != first
 
 
-def test_sweep_runs_every_combination_and_names_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "-m", *QUICK, "strategy=fedavg,fedbuff", "seed=0,1", "local.lr=0.1,0.05", "out=sweep"]) == 0
+def test_a_sweep_runs_every_combination_names_it_and_is_reported(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "-m", *QUICK, "strategy=fedavg,fedbuff", "seed=7", "local.lr=0.1,0.05", "out=sweep"]) == 0
     names = {path.parent.name for path in folder.glob("sweep/*/manifest.json")}
-    expected = {f"{s}_seed{n}_lr{r}" for s in ("fedavg", "fedbuff") for n in (0, 1) for r in ("0.1", "0.05")}
-    assert names == expected
+    assert names == {f"{s}_lr{r}" for s in ("fedavg", "fedbuff") for r in ("0.1", "0.05")}  # what varies
     for name in names:
         config = yaml.safe_load((folder / "sweep" / name / "config.yaml").read_text())
-        assert name.endswith(f"seed{config['seed']}_lr{config['local']['lr']}")
-    assert "8 runs in sweep" in capsys.readouterr().out
-
-
-def test_a_member_equals_the_single_run(folder: Path) -> None:
-    assert main(["run", "-m", *QUICK, "seed=3,4", "out=sweep"]) == 0
-    assert main(["run", *QUICK, "seed=4", "out=single"]) == 0
-    member, single = (json.loads((folder / p / "manifest.json").read_text()) for p in ("sweep/seed4", "single"))
-    for key in ("model_sha256", "events_sha256", "config_sha256"):
-        assert member[key] == single[key]
-
-
-def test_report_of_a_sweep(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "-m", *QUICK, "strategy=fedavg,fedbuff", "seed=0,1", "out=sweep"]) == 0
-    capsys.readouterr()
+        assert config["strategy"]["_target_"].lower().endswith(name.partition("_")[0])
+        assert name.endswith(f"_lr{config['local']['lr']}")
+        assert config["seed"] == 7
+    assert "4 runs in sweep" in capsys.readouterr().out
     assert main(["report", "sweep", "--format", "markdown"]) == 0
     table = capsys.readouterr().out
     assert "fedavg" in table
@@ -174,11 +164,13 @@ def test_rejected_updates_are_shown(folder: Path, capsys: pytest.CaptureFixture[
     assert "non-finite" in (folder / "wild/run.log").read_text()
 
 
-def test_a_run_that_gets_stuck_ends_with_status_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", *QUICK, "faults=dropout", "faults.dropout=1.0", "out=lost"]) == 1
+def test_a_run_that_gets_stuck_ends_with_status_1(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "idle.py").write_text("from fedsim import Strategy\n\nclass Idle(Strategy):\n    pass\n")
+    (folder / "idle.yaml").write_text("# Asks nobody\n_target_: idle.Idle\n")
+    assert main(["run", *QUICK, "strategy=idle", "out=lost"]) == 1
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1
-    assert "were all lost" in error
+    assert "nothing is left to happen" in error
 
 
 def test_whole_numbers_may_be_written_as_floats(folder: Path) -> None:
@@ -226,9 +218,9 @@ def test_runs_started_in_the_same_second_do_not_collide(folder: Path) -> None:
 def test_a_sweep_goes_where_it_was_told(name: str, folder: Path) -> None:
     from fedsim.sweeps import _quoted
 
-    assert main(["run", "-m", *QUICK, "seed=0,1", f"out={_quoted(Path(name))}"]) == 0
+    assert main(["run", "-m", *QUICK, "seed=0", f"out={_quoted(Path(name))}"]) == 0
     assert sorted(os.listdir(folder)) == [name]
-    assert {path.name for path in (folder / name).iterdir()} == {"seed0", "seed1", "multirun.yaml"}
+    assert {path.name for path in (folder / name).iterdir()} == {"0", "multirun.yaml"}
 
 
 @pytest.mark.parametrize("path", ["fedavg.yaml", "conf/strategy/fedavg.yaml"])

@@ -166,6 +166,7 @@ def cluster() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("name", NAMES)
 def test_ray_gives_the_same_bits(name: str, cluster: None, tmp_path: Path) -> None:
     inline, remote = tmp_path / "inline", tmp_path / "ray"

@@ -122,7 +122,7 @@ def test_a_pool_stops_the_ray_it_started_even_after_an_error(tmp_path: Path) -> 
                 stop = fedsim.Stop(updates=30)
                 return fedsim.simulate(Own(OwnRule(lr=lr)), fedsim.Quadratic(), stop=stop, pool=pool).manifest
 
-            assert go(RayPool(2))["model_sha256"] == go(InlinePool())["model_sha256"]
+            assert go(RayPool(1))["model_sha256"] == go(InlinePool())["model_sha256"]
             assert not ray.is_initialized()
             try:
                 go(RayPool(1), lr=0.5)
@@ -173,6 +173,7 @@ def test_work_that_is_left_over_is_dropped_in_silence_and_the_users_own_ray_goes
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_a_worker_that_ray_kills_for_its_memory_says_what_to_try(tmp_path: Path) -> None:
     (tmp_path / "main.py").write_text(
         textwrap.dedent("""
@@ -219,6 +220,7 @@ def one_node() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 @pytest.mark.usefixtures("one_node")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_number_of_workers_and_the_size_of_groups_do_not_show(strategy: str) -> None:
@@ -239,6 +241,7 @@ def two_nodes() -> Iterator[Cluster]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 def test_two_nodes_do_not_show(two_nodes: Cluster) -> None:
     for strategy in STRATEGIES:
         inline = run(InlinePool(), strategy)
@@ -250,6 +253,7 @@ def test_two_nodes_do_not_show(two_nodes: Cluster) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("graceful", [True, False])
 def test_a_node_that_is_lost_in_mid_run_costs_nothing_but_time(
     two_nodes: Cluster, graceful: bool, caplog: pytest.LogCaptureFixture

@@ -60,9 +60,9 @@ def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -
     from fedsim.assemble import Assembly
     from fedsim.config import compose_run, expand
 
-    lines = [line.strip().partition(" #")[0].split() for line in README.splitlines() if line.startswith("    fedsim ")]
-    assert len(lines) >= 6
-    for _, command, *arguments in lines:
+    shown = [line.strip().partition(" #")[0] for line in README.splitlines() if line.startswith("    fedsim ")]
+    assert len(shown) >= 6
+    for _, command, *arguments in map(str.split, dict.fromkeys(shown)):
         if command == "run" and "--help" not in arguments:
             for member in expand([each for each in arguments if each != "-m"]):
                 Assembly(*compose_run(member, Path.cwd()))

@@ -100,6 +100,7 @@ sys.exit(status)
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")  # never at the same time as the test that watches the memory of the whole machine
 @needs_proc
 def test_a_million_clients_from_the_command_line(tmp_path: Path) -> None:
     out = tmp_path / "million"
