@@ -21,6 +21,7 @@ from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
 from fedsim.training.base import Result, Trainer, Work, failure, moved, stacked_tensors, unstacked
 from fedsim.training.closed_form import Batch, ClosedForm, aligned_stack, is_aligned
+from fedsim.training.devices import reproducible
 
 HOOKS = ("run", "begin", "direction", "finish")
 """What a local rule can do its own way."""
@@ -98,7 +99,7 @@ class StackedContext(Context):
         """Epoch after epoch in a new keyed order; the last batch of an epoch may be smaller."""
         if self._rows is None:
             return
-        x, per_epoch = self.start, -(-self._samples // self._sizes)
+        x, per_epoch = self.start, -(-self._samples // np.maximum(self._sizes, 1))
         held = self._rows(self.clients).numpy()
         order = np.zeros((len(self.clients), int(self._samples.max())), dtype=np.int64)
         lanes, places = np.arange(len(self.clients))[:, None], np.arange(self._padded)
@@ -202,9 +203,10 @@ class StackedTrainer(Trainer):
     def train(self, group: Sequence[Work]) -> list[Result]:
         """The results of a group in its order, whatever stacks it is cut into."""
         results: dict[int, Result] = {}
-        for works in self._stacks(group):
-            for work, result in zip(works, self._train_stack(works), strict=True):
-                results[work.task] = result
+        with reproducible(self.device):
+            for works in self._stacks(group):
+                for work, result in zip(works, self._train_stack(works), strict=True):
+                    results[work.task] = result
         return [results[work.task] for work in group]
 
     def _stacks(self, group: Sequence[Work]) -> Iterator[list[Work]]:
