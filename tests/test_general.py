@@ -20,7 +20,7 @@ from fedsim.data.partitions import Indices, Partition, Table
 from fedsim.data.sources import Dataset
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.classification import Classification
-from fedsim.problems.models import CharLstm, Cnn, LeNet, Model, ResNet18Gn
+from fedsim.problems.models import CharLstm, Cnn, LeNet, Mlp, Model, ResNet18Gn
 from fedsim.problems.modules import FlatModule, torch_seeded
 from fedsim.problems.sequential import Sequential, sequential_of
 from fedsim.rng import Randomness
@@ -322,10 +322,7 @@ def test_settings_that_cannot_work_are_one_clear_line(monkeypatch: pytest.Monkey
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
 def test_a_compiled_model_trains_as_it_does_otherwise_whatever_came_before() -> None:
-    def make() -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.Tanh(), nn.Linear(5, 3))
-
-    plain, compiled = (prepared(make, (1, 4, 4), 11, 5, 1, compile=each) for each in (False, True))
+    plain, compiled = (prepared(Mlp(5), (1, 4, 4), 11, 5, 1, compile=each) for each in (False, True))
     rule = LocalSGD(lr=0.1, batch_size=4)
     together = deltas(compiled, rule, 3, 2, 1)
     for one, other in zip(together, deltas(plain, rule, 3, 2, 1), strict=True):

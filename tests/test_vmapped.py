@@ -158,6 +158,22 @@ def test_on_a_cpu_the_kind_of_trainer_is_the_problems_alone() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "model", "rule"),
+    [(VmapTrainer, *each) for each in (("lenet", "plain"), ("lstm", "all"), ("normalised", "momentum"))]
+    + [(GeneralTrainer, *each) for each in (("lenet", "momentum"), ("normalised", "momentum"))]
+    + [(StackedTrainer, "mlp", each) for each in RULES],
+)
+def test_no_operation_of_a_task_mixes_devices(kind: Any, model: str, rule: str) -> None:
+    # The device "meta" holds no values, but refuses tensors of another: all goes well until results are to come back.
+    made, shape = {**MODELS, "mlp": (Mlp(4), (1, 4, 4))}[model]
+    problem, jobs = prepared(made, shape, 9, 4), {"train": RULES[rule]}
+    results = kind(problem, jobs, Randomness(SEED), "meta").train(works(problem, 5, 2))
+    for result, steps in zip(results, (5, 2), strict=True):
+        assert f"Cannot copy out of meta tensor; no data! (client {result.error.task}," in str(result.error)
+        assert f"local step {steps})" in str(result.error)
+
+
 def test_a_copy_on_a_device_trains_the_same_and_is_apart() -> None:
     problem = prepared(LeNet(), (1, 16, 16), 6)
     x = problem.initial()

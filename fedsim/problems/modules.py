@@ -42,6 +42,11 @@ def as_new(x: Tensor) -> Tensor:
     return x if x.is_contiguous() and x.data_ptr() % ALIGNED == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
+def computing_in(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which forward passes are made in one of ``PRECISIONS``."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
 def check_compiler() -> None:
     """See that torch has what it compiles with on a CPU.
 
@@ -87,7 +92,7 @@ class FlatModule:
 
     def bind(self, x: Tensor) -> None:
         """Make the parameters views of ``x [d]``, on any device; nothing is copied."""
-        if x.data_ptr() != self._bound.data_ptr():
+        if not self._views or x.data_ptr() != self._bound.data_ptr():
             self._bound, self._views = x, list(self.layout.split(x).values())
             for parameter, value in zip(self.parameters, self._views, strict=True):
                 parameter.data = value
@@ -129,7 +134,7 @@ class FlatModule:
         device = images.device
         drawing: AbstractContextManager[None] = nullcontext() if noise is None else torch_seeded(noise, device)
         with drawing, torch.enable_grad():
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with computing_in(self.precision, device):
                 logits = self._forward(images)
             loss = cross_entropy(logits.to(self.layout.dtype), labels)
             return torch.autograd.grad(loss, self.parameters, materialize_grads=True)

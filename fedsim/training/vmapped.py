@@ -10,6 +10,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from fedsim.problems.base import Problem
+from fedsim.problems.modules import computing_in
 from fedsim.problems.network import Network
 from fedsim.training.closed_form import Batch
 from fedsim.training.stacked import Rows, StackedTrainer, StackForm
@@ -77,7 +78,7 @@ class Vmapped:
 
     def _loss(self, x: Tensor, images: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
         """One client's loss at ``x [d]``, its examples weighted by ``scale [size]``."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+        with computing_in(self.precision, images.device):
             logits = functional_call(self.module, self.layout.split(x), (images,))
         return (cross_entropy(logits.to(x.dtype), labels, reduction="none") * scale).sum()
 
