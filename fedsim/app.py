@@ -92,7 +92,7 @@ def simulate(
     with _one_thread():
         sim = _assemble(strategy, problem, system, pool, stop, seed, clients, cohort, eval_every, client_eval_every)
         described = _describe(sim, seed) if config is None else config
-        identity = identify(described, labels or {}, parts_of(strategy, problem, system))
+        identity = identify(described, labels or {}, parts_of(strategy, problem, system), pool.identity())
         if resume:
             identity = check_resumable(out, identity, allow_changes)
         elif isinstance(out, (str, Path)):

@@ -24,13 +24,19 @@ NOT_IDENTITY = ("out", "overwrite", "pool", "checkpoint")
 """Configuration keys that say where a run goes and how it is executed, not what it is."""
 
 
-def identify(config: Mapping[str, Any], labels: Mapping[str, str], parts: Iterable[Any]) -> dict[str, Any]:
+def identify(
+    config: Mapping[str, Any],
+    labels: Mapping[str, str],
+    parts: Iterable[Any],
+    execution: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The identity of a run about to begin, in plain values.
 
     Args:
         config: the resolved configuration.
         labels: the choice made in each group; empty for runs put together in Python.
         parts: the objects of the run, whose code counts.
+        execution: what of its execution shows in the bits: nothing on a CPU, on a GPU device and group.
     """
     parts = list(parts)
     return {
@@ -43,6 +49,7 @@ def identify(config: Mapping[str, Any], labels: Mapping[str, str], parts: Iterab
         "config_sha256": config_sha256(config),
         "seed": config.get("seed"),
         "choices": dict(labels),
+        **({"execution": dict(execution)} if execution else {}),
     }
 
 
@@ -89,8 +96,9 @@ def _own_code() -> bytes:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What has changed between two identities apart from the configuration, such as ``torch 2.12.0 -> 2.13.0``."""
+    plain = ("fedsim", "python", "instruction_set", "machine")
     flat = [
-        {**{key: each.get(key) for key in ("fedsim", "python", "instruction_set", "machine")}, **each["versions"]}
+        {**{key: each.get(key) for key in plain}, **each.get("execution", {}), **each["versions"]}
         for each in (old, new)
     ]
     names = dict.fromkeys([*flat[0], *flat[1]])

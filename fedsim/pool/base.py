@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from fedsim.checks import ConfigError, whole
+import torch
+
+from fedsim.checks import ConfigError, one_of, whole
 from fedsim.local import LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
@@ -19,6 +21,14 @@ class Pool(ABC):
     name: str
     trains_beside: ClassVar[bool] = False
     """Whether training goes on beside the driver, which can do something else meanwhile."""
+    device: str = "cpu"
+    """Where tasks are trained, ``cpu`` or ``cuda``. Works come from main memory, and results go back to it."""
+
+    def identity(self) -> dict[str, Any]:
+        """What of this pool shows in a run's bits, in plain values: nothing on a CPU."""
+        if self.device == "cpu":
+            return {}
+        return {"pool": self.name, "device": self.device, "group": getattr(self, "group", None)}
 
     @abstractmethod
     def open(self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> None:
@@ -75,3 +85,26 @@ def group_setting(value: Any) -> int | str:
         return whole("group", value, least=1)
     except ConfigError:
         raise ConfigError(f"group={value}: must be auto or a whole number >= 1") from None
+
+
+DEVICES = ("cpu", "cuda")
+"""Where training can run."""
+
+
+def device_setting(value: Any) -> str:
+    """A pool's ``device``.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    return one_of("device", value, DEVICES)
+
+
+def check_device(device: str) -> None:
+    """See that this process has the device.
+
+    Raises:
+        ConfigError: if it is a GPU and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: torch finds no GPU here; use device=cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -55,14 +56,15 @@ class Crew:
     """Hires the workers, knows which of them have joined, and replaces those that are lost.
 
     Args:
-        gpus: fraction of a GPU each worker reserves.
+        gpus: fraction of a GPU each worker reserves; None shares out all there are.
     """
 
-    def __init__(self, gpus: float) -> None:
+    def __init__(self, gpus: float | None) -> None:
         self.members: list[Member] = []
         self.restarts = 0
         """Workers whose process died and came back."""
-        self._gpus = gpus
+        self._wanted = gpus
+        self._gpus = 0.0
         self._ray: Any = None
         self._actor: Any = None
         self._hopeless_since: float | None = None
@@ -77,15 +79,18 @@ class Crew:
         Raises:
             ConfigError: if Ray has fewer cores or GPUs than the workers need.
         """
-        total, gpus = ray.cluster_resources(), self._gpus
+        total = ray.cluster_resources()
         cores, there = int(total.get("CPU", 0)), total.get("GPU", 0)
-        count = max(1, cores) if count is None else count
+        if self._wanted is None:
+            count, gpus = shared_out(int(there), count)
+        else:
+            count, gpus = max(1, cores) if count is None else count, self._wanted
         if count > cores:
             raise ConfigError(f"pool.workers={count}: the Ray it runs on has {cores} cores")
         if count * gpus > there:
             needed = f"{count} workers need {count * gpus:g} GPUs"
             raise ConfigError(f"pool.gpus_per_worker={gpus:g}: {needed}, Ray has {there:g}")
-        self._ray = ray
+        self._ray, self._gpus = ray, gpus
         # Not restarted by Ray, which then would neither say why a worker died (of a lack of memory, say) nor let it
         # go without printing lines about retries. The members do that themselves.
         self._actor = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)
@@ -201,6 +206,24 @@ class Crew:
         for member in self.members:
             self._ray.kill(member.actor)
         self.members = []
+
+
+def shared_out(gpus: int, workers: int | None) -> tuple[int, float]:
+    """How many workers there are, and how much of a GPU each has, where all GPUs are to be used.
+
+    Args:
+        gpus: how many there are.
+        workers: how many are to share them; None takes one for each.
+
+    Raises:
+        ConfigError: if there is no GPU.
+    """
+    if not gpus:
+        raise ConfigError("pool.device=cuda: the Ray it runs on has no GPU; use device=cpu")
+    if workers is None:
+        return gpus, 1.0
+    # Ray counts GPUs in steps of 0.0001, and a worker must fit on one.
+    return workers, math.floor(10_000 / -(-workers // gpus)) / 10_000
 
 
 def _name(node: str, nodes: list[dict[str, Any]]) -> str:

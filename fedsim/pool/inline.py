@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fedsim.checks import ConfigError, SimulationError
 from fedsim.local import LocalSGD
-from fedsim.pool.base import Pool, group_setting
+from fedsim.pool.base import Pool, check_device, device_setting, group_setting
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training import Result, Trainer, Work, trainer_for
@@ -17,13 +17,18 @@ class InlinePool(Pool):
     """Trains at once, in this process.
 
     Args:
-        group: most tasks to train together; ``"auto"`` takes all that wait. Never shows in the results.
+        group: most tasks to train together; ``"auto"`` takes all that wait. Never shows in the results of a CPU.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: if a setting is wrong, or there is no GPU.
     """
 
     name = "inline"
 
-    def __init__(self, group: int | str = "auto") -> None:
-        self.group = group_setting(group)
+    def __init__(self, group: int | str = "auto", device: str = "cpu") -> None:
+        self.group, self.device = group_setting(group), device_setting(device)
+        check_device(self.device)
         self._trainer: Trainer | None = None
         self._results: dict[int, Result] = {}
 
@@ -31,7 +36,7 @@ class InlinePool(Pool):
         """Make the trainer, with copies of the rules as Ray workers would have them.
 
         Raises:
-            ConfigError: if the pool is already in use by another run.
+            ConfigError: if the pool is already in use by another run, or the problem cannot be trained on the device.
         """
         if self._trainer is not None:
             raise ConfigError("pool: this pool is in use by another run; give every run its own")
@@ -39,7 +44,7 @@ class InlinePool(Pool):
             own = copy.deepcopy(dict(jobs))
         except TypeError as error:  # a lock, an open file
             raise ConfigError(f"a local rule must be plain settings: {error}") from None
-        self._trainer = trainer_for(problem, own, randomness)
+        self._trainer = trainer_for(problem, own, randomness, self.device)
 
     def submit(self, works: Sequence[Work]) -> None:
         """Train now, in groups of at most ``group``."""

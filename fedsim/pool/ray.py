@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from fedsim.checks import ConfigError, SimulationError, number, optional_whole, said
+from fedsim.checks import ConfigError, SimulationError, optional_number, optional_whole, said
 from fedsim.local import LocalSGD
-from fedsim.pool.base import Pool, group_setting, group_size
+from fedsim.pool.base import Pool, device_setting, group_setting, group_size
 from fedsim.pool.connection import connect, import_ray
 from fedsim.pool.crew import Crew, LostNode, Member
 from fedsim.pool.parcels import Parcel, shared_tensors
@@ -80,9 +80,11 @@ class RayPool(Pool):
     Args:
         workers: how many; None takes the cores of this machine, or of the cluster joined.
         address: of a running cluster to join (``"auto"`` finds it); None starts a Ray of its own and stops it.
-        gpus_per_worker: fraction of a GPU each worker reserves.
+        gpus_per_worker: fraction of a GPU each worker reserves; None takes none, or with ``device="cuda"`` all there
+            are: a worker per GPU, unless ``workers`` says how many share them.
         group: most tasks to train together; ``"auto"`` cuts what waits evenly among the workers. Never shows in
-            the results.
+            the results of a CPU.
+        device: ``cpu`` or ``cuda``.
     """
 
     name = "ray"
@@ -92,20 +94,25 @@ class RayPool(Pool):
         self,
         workers: int | None = None,
         address: str | None = None,
-        gpus_per_worker: float = 0.0,
+        gpus_per_worker: float | None = None,
         group: int | str = "auto",
+        device: str = "cpu",
     ) -> None:
         self.workers = optional_whole("workers", workers, least=1, most=4096)
         self.address = address
-        self.gpus_per_worker = number("gpus_per_worker", gpus_per_worker, least=0, most=8)
-        if self.gpus_per_worker > 1 and not self.gpus_per_worker.is_integer():
+        self.gpus_per_worker = optional_number("gpus_per_worker", gpus_per_worker, least=0, most=8)
+        self.device = device_setting(device)
+        gpus = self.gpus_per_worker
+        if self.device == "cuda" and gpus == 0:
+            raise ConfigError(f"gpus_per_worker={gpus_per_worker}: must be > 0 with device=cuda, or null")
+        if gpus is not None and gpus > 1 and not gpus.is_integer():
             raise ConfigError(f"gpus_per_worker={gpus_per_worker}: must be a fraction of one GPU or a whole number")
         self.group = group_setting(group)
         self._ray: Any = None
         self._connected = False
         self._shared: Any = None
         """The reference of what all tasks share."""
-        self._crew = Crew(self.gpus_per_worker)
+        self._crew = Crew(0.0 if gpus is None and self.device == "cpu" else gpus)
         self._store = TensorStore()
         self._queue: deque[Group] = deque()
         self._running: dict[Any, Group] = {}
@@ -116,6 +123,10 @@ class RayPool(Pool):
         """When the nodes were last looked at, on the clock of ``time.monotonic``."""
         self._quiet_since = 0.0
         """Since when nothing was heard while somebody waited, on the same clock."""
+
+    def identity(self) -> dict[str, Any]:
+        """What of this pool shows in a run's bits: on a GPU also among how many workers tasks are dealt out."""
+        return super().identity() and {**super().identity(), "workers": self.workers}
 
     @property
     def restarts(self) -> int:
@@ -133,7 +144,7 @@ class RayPool(Pool):
         if self._ray is not None:
             raise ConfigError("pool: this pool is in use by another run; give every run its own")
         ray = import_ray()
-        code = pickled_with_user_code((problem, dict(jobs), randomness))
+        code = pickled_with_user_code((problem, dict(jobs), randomness, self.device))
         self._connected = connect(ray, self.address, self.workers)
         self._ray = ray
         try:

@@ -40,7 +40,7 @@ class Worker:
 
         Args:
             parcels: the tasks.
-            shared: the pickled problem, jobs and randomness; unpickled once in a worker's life. It comes with
+            shared: the pickled problem, jobs, randomness and device; unpickled once in a worker's life. It comes with
                 every call, by reference, because a fresh worker knows nothing.
             tensors: the shared tensors, in the parcels' places.
         """

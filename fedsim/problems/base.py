@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.checks import one_of
+from fedsim.checks import ConfigError, one_of
 from fedsim.problems.chain import Chain
+from fedsim.problems.network import Network
 from fedsim.rng import Randomness
 from fedsim.vectors import Layout
 
@@ -86,6 +88,18 @@ class Problem(ABC):
     def chain(self) -> Chain | None:
         """The problem as a chain of linear layers, if it is one: whole groups are then trained without autograd."""
         return None
+
+    def network(self) -> Network | None:
+        """The problem as a torch module, if it is one: whole groups are then trained as stacks on a GPU."""
+        return None
+
+    def on(self, device: torch.device) -> Problem:
+        """A copy to train from, whose examples and module are on another device; vectors must be there, too.
+
+        Raises:
+            ConfigError: if this problem can be trained in main memory only.
+        """
+        raise ConfigError(f"device={device.type}: {type(self).__name__} is trained in main memory only, use device=cpu")
 
     def evaluate_clients(self, x: Tensor, clients: NDArray[np.int64], part: str) -> dict[str, NDArray[np.float64]]:
         """Metrics of one parameter vector on each client's own examples, such as ``loss, accuracy``.

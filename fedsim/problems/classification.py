@@ -22,6 +22,7 @@ from fedsim.problems.chain import Chain, layers_of
 from fedsim.problems.client_split import PARTS, ClientSplit
 from fedsim.problems.models import CheckedModel, Mlp, Model
 from fedsim.problems.modules import PRECISIONS, FlatModule, as_new, check_compiler, torch_seeded
+from fedsim.problems.network import Network
 from fedsim.problems.sequential import Sequential, sequential_of
 from fedsim.rng import Randomness
 
@@ -191,6 +192,22 @@ class Classification(Problem):
         inputs = self.train_x.flatten(1)
         return Chain(layers, "cross_entropy", inputs, self.train_y, lambda clients: self.part_rows(clients, "training"))
 
+    def network(self) -> Network | None:
+        """The module, unless it draws or is compiled: clients then go one after another."""
+        if self.draws or self.compile:
+            return None
+        module, rows = self._flat.module, lambda clients: self.part_rows(clients, "training")
+        return Network(module, self.layout, self.train_x, self.train_y, rows, self.precision)
+
+    def on(self, device: torch.device) -> Classification:
+        """A copy to train from, whose training examples and module are on another device; vectors must be there."""
+        other = copy.copy(self)
+        other._held = None
+        other.train_x, other.train_y = self.train_x.to(device), self.train_y.to(device)
+        other._flat = FlatModule(copy.deepcopy(self._flat.module).to(device), self.precision, self.compile)
+        other._form = other._written_down() or other._flat
+        return other
+
     def rows(self, client: int) -> Tensor:
         """``[samples]``: where in ``train_x`` the examples that one client trains on lie."""
         return self._of(client).rows
@@ -205,7 +222,8 @@ class Classification(Problem):
     def _of(self, client: int) -> _Held:
         """What the client holds. A task's steps ask for the same client again and again, so the last one is kept."""
         if self._held is None or self._held.client != client:
-            self._held = _Held(client, self.part_rows(np.array([client]), "training"))
+            rows = self.part_rows(np.array([client]), "training")
+            self._held = _Held(client, rows.to(self.train_x.device))
         return self._held
 
     def part_rows(self, clients: NDArray[np.int64], part: str) -> Tensor:
@@ -243,7 +261,9 @@ class Classification(Problem):
             x.copy_(own)
 
     def _batch(self, client: int, batch: Tensor | None) -> tuple[Tensor, Tensor]:
-        return self.examples(client) if batch is None else self._gathered(self.rows(client)[batch])
+        return (
+            self.examples(client) if batch is None else self._gathered(self.rows(client)[batch.to(self.train_x.device)])
+        )
 
     def evaluate(self, x: Tensor) -> dict[str, float]:
         """Mean cross-entropy and accuracy: ``loss, accuracy`` (test) and, if kept, ``val_loss, val_accuracy``."""

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ def torch_seeded(seed: int, device: torch.device | None = None) -> Iterator[None
 def as_new(x: Tensor) -> Tensor:
     """``x [d]`` itself if it lies in memory as a new vector would, else a copy that does."""
     return x if x.is_contiguous() and x.data_ptr() % ALIGNED == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def computing_in(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """A block in which forward passes are made in one of ``PRECISIONS``."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def check_compiler() -> None:
@@ -81,12 +87,12 @@ class FlatModule:
         self._bound = torch.empty(0)
         self._views: list[Tensor] = []
         self.bind(self.values)
-        # One graph for batches of any size: the sizes met before must not decide which code a batch is run by.
         self._forward: Any = torch.compile(module, dynamic=True) if compile else module
+        self._traced = not compile
 
     def bind(self, x: Tensor) -> None:
         """Make the parameters views of ``x [d]``, on any device; nothing is copied."""
-        if x.data_ptr() != self._bound.data_ptr():
+        if not self._views or x.data_ptr() != self._bound.data_ptr():
             self._bound, self._views = x, list(self.layout.split(x).values())
             for parameter, value in zip(self.parameters, self._views, strict=True):
                 parameter.data = value
@@ -112,11 +118,23 @@ class FlatModule:
         for view, part in zip(self._views, self._slopes(images, labels, noise), strict=True):
             view.sub_(part, alpha=lr)
 
+    def _trace(self, images: Tensor, labels: Tensor, noise: int | None) -> None:
+        """Compile for batches of any size, from one that equals no other size there is.
+
+        Else the sizes met before would decide which code a batch is run by, and show in the bits.
+        """
+        self._traced = True
+        sizes = {*images.shape[1:], *(size for each in self.parameters for size in each.shape)}
+        rows = torch.zeros(next(n for n in count(2) if n not in sizes), dtype=torch.int64, device=images.device)
+        self._slopes(images[rows], labels[rows], noise)
+
     def _slopes(self, images: Tensor, labels: Tensor, noise: int | None) -> tuple[Tensor, ...]:
+        if not self._traced:
+            self._trace(images, labels, noise)
         device = images.device
         drawing: AbstractContextManager[None] = nullcontext() if noise is None else torch_seeded(noise, device)
         with drawing, torch.enable_grad():
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            with computing_in(self.precision, device):
                 logits = self._forward(images)
             loss = cross_entropy(logits.to(self.layout.dtype), labels)
             return torch.autograd.grad(loss, self.parameters, materialize_grads=True)

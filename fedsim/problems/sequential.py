@@ -50,7 +50,7 @@ class Stage(ABC):
     """One layer. It holds nothing of a batch: what a backward pass needs goes from hand to hand."""
 
     @abstractmethod
-    def forward(self, views: Views, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
         """The layer's output, and what its backward pass needs."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class _Linear(Stage):
     def __init__(self, weight: str, bias: str | None) -> None:
         self.weight, self.bias = weight, bias
 
-    def forward(self, views: Views, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
         # This way round the product takes half the time for small batches.
         if self.bias is None:
             return torch.mm(views[self.weight], x.t()).t(), x
@@ -89,7 +89,7 @@ class _Conv2d(Stage):
         self.weight, self.bias, self.groups = weight, bias, module.groups
         self.how = _numbers(module.stride), _numbers(module.padding), _numbers(module.dilation)
 
-    def forward(self, views: Views, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
         kernel = channels_last(views[self.weight])
         bias = None if self.bias is None else views[self.bias]
         return torch.conv2d(x, kernel, bias, *self.how, self.groups), (x, kernel)
@@ -111,7 +111,7 @@ class _MaxPool2d(Stage):
         sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
         self.how = (*(_numbers(each) for each in sizes), bool(module.ceil_mode))
 
-    def forward(self, views: Views, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
         output, places = torch.ops.aten.max_pool2d_with_indices(x, *self.how)
         return output, (x, places)
 
@@ -126,7 +126,7 @@ class _Relu(Stage):
     def __init__(self, in_place: bool) -> None:
         self.in_place = in_place
 
-    def forward(self, views: Views, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
         output = x.relu_() if self.in_place else x.relu()
         return output, output
 
@@ -136,7 +136,7 @@ class _Relu(Stage):
 
 
 class _Tanh(Stage):
-    def forward(self, views: Views, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
         output = x.tanh()
         return output, output
 
@@ -146,7 +146,7 @@ class _Tanh(Stage):
 
 
 class _Flatten(Stage):
-    def forward(self, views: Views, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
         return x.flatten(1), x.shape
 
     def backward(self, views: Views, kept: Any, slope: Tensor, into: Into, wanted: bool) -> Tensor:
@@ -157,7 +157,7 @@ class _Dropout(Stage):
     def __init__(self, share: float) -> None:
         self.kept = 1.0 - share
 
-    def forward(self, views: Views, x: Tensor, generator: torch.Generator) -> tuple[Tensor, Any]:
+    def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
         # As torch's own dropout draws on a CPU, so that the same seed gives the same noise.
         noise = torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(self.kept, generator=generator)
         if self.kept:
@@ -196,9 +196,7 @@ class Sequential:
         self._run(views, images, labels, noise, Into(views, 1.0, -lr))
 
     def _run(self, views: Views, images: Tensor, labels: Tensor, noise: int | None, into: Into) -> None:
-        generator = self._generator(images.device)
-        if noise is not None:
-            generator.manual_seed(noise)
+        generator = None if noise is None else self._generator(images.device).manual_seed(noise)
         with torch.no_grad():
             output = channels_last(images) if images.ndim == 4 else images
             kept: list[Any] = []

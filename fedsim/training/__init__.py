@@ -4,18 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from fedsim.local import LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training.base import Result, Trainer, Work, out_of_memory
 from fedsim.training.general import GeneralTrainer
 from fedsim.training.stacked import StackedTrainer
+from fedsim.training.vmapped import Vmapped, VmapTrainer
 
-__all__ = ["GeneralTrainer", "Result", "StackedTrainer", "Trainer", "Work", "out_of_memory", "trainer_for"]
+__all__ = [
+    "GeneralTrainer", "Result", "StackedTrainer", "Trainer", "VmapTrainer", "Work", "out_of_memory", "trainer_for",
+]  # fmt: skip
 
 
-def trainer_for(problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> Trainer:
-    """The fastest trainer there is for a problem: its structure decides, and nothing else."""
-    if not problem.trains or problem.chain() is not None:
+def trainer_for(
+    problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness, device: torch.device | str = "cpu"
+) -> Trainer:
+    """The fastest trainer there is for a problem: its structure and the device decide, and nothing else.
+
+    Raises:
+        ConfigError: if the problem cannot be trained on the device.
+    """
+    device = torch.device(device)
+    if not problem.trains:
         return StackedTrainer(problem, jobs, randomness)
-    return GeneralTrainer(problem, jobs, randomness)
+    if problem.chain() is not None:
+        return StackedTrainer(problem, jobs, randomness, device)
+    network = None if device.type == "cpu" else problem.network()  # a CPU is slower on stacks than client by client
+    if network is not None and Vmapped(network, device).takes():
+        return VmapTrainer(problem, jobs, randomness, device)
+    return GeneralTrainer(problem, jobs, randomness, device)

@@ -13,17 +13,20 @@ from torch import Tensor
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
-from fedsim.training.base import Result, Trainer, Work, failure, unstacked
+from fedsim.training.base import Result, Trainer, Work, failure, moved, unstacked
+from fedsim.training.devices import reproducible
 
 
 class SingleContext(Context):
     """A stack of one: the context of a single client's task."""
 
-    def __init__(self, work: Work, rule: LocalSGD, problem: Problem, randomness: Randomness) -> None:
-        self.start = work.start.clone().unsqueeze(0)
-        self.message = {name: tensor.clone().unsqueeze(0) for name, tensor in work.message.items()}
-        self.state = {name: tensor.clone().unsqueeze(0) for name, tensor in work.state.items()}
-        self.lr = torch.full((1, 1), work.lr, dtype=self.start.dtype)
+    def __init__(
+        self, work: Work, rule: LocalSGD, problem: Problem, randomness: Randomness, device: torch.device | str = "cpu"
+    ) -> None:
+        self.start = work.start.to(device, copy=True).unsqueeze(0)
+        self.message = {name: tensor.to(device, copy=True).unsqueeze(0) for name, tensor in work.message.items()}
+        self.state = {name: tensor.to(device, copy=True).unsqueeze(0) for name, tensor in work.state.items()}
+        self.lr = torch.full((1, 1), work.lr, dtype=self.start.dtype, device=device)
         self.steps = np.array([work.steps])
         self.running = 1
         self.clients = np.array([work.client])
@@ -63,24 +66,38 @@ class SingleContext(Context):
 
 
 class GeneralTrainer(Trainer):
-    """Runs each task's rule by itself."""
+    """Runs each task's rule by itself.
 
-    def __init__(self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness) -> None:
-        self.problem = problem
+    Args:
+        problem: any.
+        jobs: the local rules by name.
+        randomness: the run's.
+        device: where tasks are trained; works come from main memory, and results go back to it.
+
+    Raises:
+        ConfigError: if the problem cannot be trained on the device.
+    """
+
+    def __init__(
+        self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness, device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.problem = problem if self.device.type == "cpu" else problem.on(self.device)
         self.jobs = dict(jobs)
         self.randomness = randomness
 
     def train(self, group: Sequence[Work]) -> list[Result]:
         """One task after another."""
-        return [self._train_one(work, len(group)) for work in group]
+        with reproducible(self.device):
+            return [self._train_one(work, len(group)) for work in group]
 
     def _train_one(self, work: Work, group: int) -> Result:
         # A copy, so that what a rule writes to itself cannot reach another task: state belongs into the context.
         rule = copy.copy(self.jobs[work.job])
-        context = SingleContext(work, rule, self.problem, self.randomness)
+        context = SingleContext(work, rule, self.problem, self.randomness, self.device)
         try:
-            payload = unstacked(rule.run(context), "the payload", 1)
-            state = unstacked(context.state, "ctx.state", 1)
+            payload = unstacked(moved(rule.run(context), "cpu"), "the payload", 1)
+            state = unstacked(moved(context.state, "cpu"), "ctx.state", 1)
         except (Exception, SystemExit) as error:
             return failure(rule, work, context.step + 1, group, error)
         return Result(payload[0], state[0], int(context.steps[0]), group)

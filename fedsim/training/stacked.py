@@ -21,6 +21,7 @@ from fedsim.rng import Draw, Randomness
 from fedsim.training.base import Result, Trainer, Work, failure, moved, stacked_tensors, unstacked
 from fedsim.training.batches import Batch, Rows, StackBatches, padded_size
 from fedsim.training.closed_form import ClosedForm, aligned_stack, is_aligned
+from fedsim.training.devices import reproducible
 
 HOOKS = ("run", "begin", "direction", "finish")
 """What a local rule can do its own way."""
@@ -207,10 +208,11 @@ class StackedTrainer(Trainer):
         for work in group:
             alike.setdefault(self._kind(work), []).append(work)
         results: dict[int, Result] = {}
-        for works in alike.values():
-            works.sort(key=lambda work: -work.steps)
-            for work, result in zip(works, self._train_alike(works), strict=True):
-                results[work.task] = result
+        with reproducible(self.device):
+            for works in alike.values():
+                works.sort(key=lambda work: -work.steps)
+                for work, result in zip(works, self._train_alike(works), strict=True):
+                    results[work.task] = result
         return [results[work.task] for work in group]
 
     def _train_alike(self, works: list[Work]) -> list[Result]:
