@@ -82,8 +82,8 @@ BLOCK = 4096
 class Log:
     """Rows of named, typed columns, kept in order; a row may be closed after later ones.
 
-    Rows lie in blocks. Once every row of a block is closed the block becomes arrow columns, which take a third of the
-    memory of tuples and are hashed and written without a look at single values; however long one row stays open,
+    Rows lie in blocks. Once every row of a block is closed the block becomes arrow columns, which take less than half
+    the memory of tuples and are hashed and written without a look at single values; however long one row stays open,
     it keeps only its own block from that.
 
     Args:
