@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 from fedsim.problems.base import Problem
 from fedsim.problems.modules import computing_in
 from fedsim.problems.network import Network
-from fedsim.training.closed_form import Batch
-from fedsim.training.stacked import Rows, StackedTrainer, StackForm
+from fedsim.training.batches import Batch, Rows
+from fedsim.training.stacked import StackedTrainer, StackForm
 
 MOST = 128
 """Most clients in a stack."""
