@@ -417,7 +417,7 @@ def test_an_error_in_a_task_nobody_waits_for_ends_no_run(group: int | str) -> No
 
 @pytest.mark.usefixtures("cluster")
 def test_the_object_store_holds_no_version_that_nobody_needs() -> None:
-    pool = RayPool(1)
+    pool = RayPool(2)
     stored: list[int] = []
 
     def watch(_: object) -> None:
@@ -439,7 +439,7 @@ def test_too_many_workers_for_the_ray_that_runs_and_nothing_is_written(tmp_path:
 
 @pytest.mark.usefixtures("cluster")
 def test_results_nobody_asks_for_are_not_kept() -> None:
-    pool, kept = RayPool(1), []
+    pool, kept = RayPool(2), []
 
     def watch(_: object) -> None:
         kept.append(len(pool._results) + len(pool._due))
