@@ -21,7 +21,7 @@ from fedsim.data.sources import Dataset
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.classification import Classification
 from fedsim.problems.models import CharLstm, Cnn, LeNet, Mlp, Model, ResNet18Gn
-from fedsim.problems.modules import FlatModule, torch_seeded
+from fedsim.problems.modules import FlatModule, as_new, torch_seeded
 from fedsim.problems.sequential import Sequential, sequential_of
 from fedsim.rng import Randomness
 from fedsim.training import GeneralTrainer, Work, trainer_for
@@ -100,7 +100,7 @@ def first_relu() -> nn.Module:
 
 WRITTEN: list[tuple[Callable[[], nn.Module], tuple[int, ...]]] = [
     (odd, (2, 10, 12)),
-    (first_relu, (2, 10, 10)),
+    (first_relu, (1, 10, 20)),
     (lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.ReLU(), nn.Linear(8, 3)), (5,)),
     (lambda: LeNet().build((3, 16, 16), 3), (3, 16, 16)),
     (lambda: Cnn().build((1, 9, 12), 3), (1, 9, 12)),
@@ -226,6 +226,8 @@ def test_how_a_vector_lies_in_memory_does_not_show(model: Any, shape: tuple[int,
         assert torch.equal(problem.gradient(other, 0, batch, 5), expected)
         assert torch.equal(other, x)
     problem.descend(x, 0, batch, 5, lr)
+    assert as_new(x) is x
+    assert all(as_new(other).is_contiguous() and as_new(other).data_ptr() % 64 == 0 for other in (shifted, strided))
     for other in (shifted, strided):
         problem.descend(other, 0, batch, 5, lr)
         assert torch.equal(other, x)
