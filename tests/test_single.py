@@ -181,7 +181,7 @@ def test_nothing_is_handed_to_the_pool_where_there_is_nothing_to_train(strategy:
 def test_a_rule_of_ones_own_runs_where_there_is_nothing_to_train() -> None:
     class Saying(fedsim.LocalSGD):
         def finish(self, ctx: Any, x: Any) -> Any:
-            said.append(int(ctx.clients[0]))
+            said.extend(ctx.clients.tolist())
             return super().finish(ctx, x)
 
     said: list[int] = []
