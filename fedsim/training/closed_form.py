@@ -1,10 +1,11 @@
 """Gradients of chains of linear layers for a whole stack of clients, by batched products of matrices, without autograd.
 
 On small models autograd and dispatch cost more than the arithmetic, so the steps of all clients of a group are made by
-the same few calls, in buffers that are kept. With ``A_0`` the batch and ``A_l = act_l(A_{l-1} W_l^T + b_l)``::
+the same few calls, in buffers that are kept. An example is a column, in which order the products take least time: with
+``A_0`` the batch and ``A_l = act_l(W_l A_{l-1} + b_l)``::
 
-    D_L = scale * d loss / d A_L            scale: 1 / examples, 0 for rows that only fill a batch
-    D_l = act_l'(A_l) * D_l                 dW_l = D_l^T A_{l-1}    db_l = sum D_l    D_{l-1} = D_l W_l
+    D_L = scale * d loss / d A_L            scale: 1 / examples, 0 for columns that only fill a batch
+    D_l = act_l'(A_l) * D_l                 dW_l = D_l A_{l-1}^T    db_l = sum D_l    D_{l-1} = W_l^T D_l
 
 A plain step puts the learning rate into ``scale`` and subtracts ``dW_l`` and ``db_l`` from the parameters as they are
 made, so that the gradient is never written.
@@ -49,15 +50,15 @@ class _Buffers:
     """Room for the activations and slopes of ``k`` clients' batches of one size."""
 
     activations: list[Tensor]
-    """``A_0 .. A_L``, each ``[k, size, width]``."""
+    """``A_0 .. A_L``, each ``[k, width, size]``; ``A_0`` lies in memory as its examples are gathered."""
     slopes: list[Tensor]
-    """``D_1 .. D_L``, each ``[k, size, width]``."""
+    """``D_1 .. D_L``, each ``[k, width, size]``."""
     inputs: Tensor
     """``A_0`` as ``[k * size, width]``."""
     targets: Tensor
     """``[k * size]``."""
     minus: Tensor
-    """``[k, size, 1]``, all -1: what the probabilities of the right answers lose."""
+    """``[k, 1, size]``, all -1: what the probabilities of the right answers lose."""
 
 
 class ClosedForm:
@@ -114,10 +115,10 @@ class ClosedForm:
         weights, biases = self._views(x[:k])
         into, into_biases = self._views(out[:k])
         for i, slope, inputs in self._slopes(weights, biases, batch.rows, batch.scale):
-            torch.bmm(slope.transpose(1, 2), inputs, out=into[i])
+            torch.bmm(slope, inputs, out=into[i])
             bias = into_biases[i]
             if bias is not None:
-                torch.sum(slope, 1, keepdim=True, out=bias)
+                torch.sum(slope, 2, keepdim=True, out=bias)
         if self.l2:
             out[:k].add_(x[:k], alpha=self.l2)
 
@@ -126,15 +127,18 @@ class ClosedForm:
         k = len(batch.rows)
         weights, biases = self._views(x[:k])
         for i, slope, inputs in self._slopes(weights, biases, batch.rows, batch.scale * lr[:k].unsqueeze(2)):
-            weights[i].baddbmm_(slope.transpose(1, 2), inputs, alpha=-1)
+            weights[i].baddbmm_(slope, inputs, alpha=-1)
             bias = biases[i]
             if bias is not None:
-                bias.sub_(slope.sum(1, keepdim=True))
+                bias.sub_(slope.sum(2, keepdim=True))
 
     def _slopes(
         self, weights: list[Tensor], biases: list[Tensor | None], rows: Tensor, scale: Tensor
     ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """``i, D_{i + 1}, A_i`` of each layer from the last to the first; its weights may be changed by then."""
+        """``i``, ``D_{i + 1} [k, outputs, size]`` and ``A_i^T [k, size, inputs]`` of each layer from last to first.
+
+        A layer's weights are not needed any more when its turn has come: they may be changed then.
+        """
         buffers = self._buffers_for(*rows.shape)
         self._forward(buffers, weights, biases, rows)
         self._loss_slope(buffers, scale)
@@ -145,20 +149,18 @@ class ClosedForm:
             elif self.layers[i].activation == "tanh":
                 torch.ops.aten.tanh_backward.grad_input(slope, output, grad_input=slope)
             if i:
-                torch.bmm(slope, weights[i], out=buffers.slopes[i - 1])
-            yield i, slope, buffers.activations[i]
+                torch.bmm(weights[i].transpose(1, 2), slope, out=buffers.slopes[i - 1])
+            yield i, slope, buffers.activations[i].transpose(1, 2)
 
     def _forward(self, buffers: _Buffers, weights: list[Tensor], biases: list[Tensor | None], rows: Tensor) -> None:
         flat = rows.reshape(-1)
         torch.index_select(self.inputs, 0, flat, out=buffers.inputs)
         torch.index_select(self.targets, 0, flat, out=buffers.targets)
         for i, layer in enumerate(self.layers):
-            before, after = buffers.activations[i], buffers.activations[i + 1]
-            bias = biases[i]
-            if bias is None:
-                torch.bmm(before, weights[i].transpose(1, 2), out=after)
-            else:
-                torch.baddbmm(bias, before, weights[i].transpose(1, 2), out=after)
+            after, bias = buffers.activations[i + 1], biases[i]
+            torch.bmm(weights[i], buffers.activations[i], out=after)
+            if bias is not None:
+                after.add_(bias)  # in one product with it takes longer
             if layer.activation == "relu":
                 after.relu_()
             elif layer.activation == "tanh":
@@ -167,24 +169,24 @@ class ClosedForm:
     def _loss_slope(self, buffers: _Buffers, scale: Tensor) -> None:
         outputs, slope = buffers.activations[-1], buffers.slopes[-1]
         if self.loss == "cross_entropy":
-            torch.softmax(outputs, -1, out=slope)
-            slope.scatter_add_(2, buffers.targets.view(*outputs.shape[:2], 1), buffers.minus)
+            torch.softmax(outputs, 1, out=slope)
+            slope.scatter_add_(1, buffers.targets.view(len(outputs), 1, -1), buffers.minus)
         elif self.loss == "binary":
             torch.sigmoid(outputs, out=slope)
             slope.sub_(buffers.targets.view(outputs.shape))
         else:
             torch.sub(outputs, buffers.targets.view(outputs.shape), out=slope)
-        slope.mul_(scale)
+        slope.mul_(scale.transpose(1, 2))
 
     def _views(self, stack: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Each layer's ``W [k, outputs, inputs]`` and ``b [k, 1, outputs]`` in a stack of vectors ``[k, d]``."""
+        """Each layer's ``W [k, outputs, inputs]`` and ``b [k, outputs, 1]`` in a stack of vectors ``[k, d]``."""
         weights: list[Tensor] = []
         biases: list[Tensor | None] = []
         for layer in self.layers:
             shape = layer.outputs, layer.inputs
             weights.append(stack.narrow(1, layer.weight, layer.outputs * layer.inputs).view(len(stack), *shape))
             bias = layer.bias
-            biases.append(None if bias is None else stack.narrow(1, bias, layer.outputs).unsqueeze(1))
+            biases.append(None if bias is None else stack.narrow(1, bias, layer.outputs).unsqueeze(2))
         return weights, biases
 
     def _buffers_for(self, k: int, size: int) -> _Buffers:
@@ -202,7 +204,9 @@ class ClosedForm:
             self._arena = self._arena.new_empty(sum(room))
             self._buffers.clear()
         parts = [part[:each] for part, each in zip(torch.split(self._arena[: sum(room)], room), wanted, strict=True)]
-        shaped = [part.view(k, size, width) for part, width in zip(parts, (*widths, *widths[1:]), strict=True)]
-        activations, slopes = shaped[: len(widths)], shaped[len(widths) :]
-        targets, minus = self.targets.new_empty(k * size), self._arena.new_full((k, size, 1), -1.0)
-        return _Buffers(activations, slopes, activations[0].view(k * size, -1), targets, minus)
+        inputs, *others = parts
+        shaped = [part.view(k, width, size) for part, width in zip(others, (*widths[1:], *widths[1:]), strict=True)]
+        activations, slopes = shaped[: len(widths) - 1], shaped[len(widths) - 1 :]
+        first = inputs.view(k, size, widths[0]).transpose(1, 2)
+        targets, minus = self.targets.new_empty(k * size), self._arena.new_full((k, 1, size), -1.0)
+        return _Buffers([first, *activations], slopes, inputs.view(k * size, widths[0]), targets, minus)
