@@ -107,6 +107,8 @@ def killed_at_random(out: Path, strategy: str, seed: int, seconds: float) -> int
         if ended(pid):
             return kills
         kills += 1
+        if (out / "manifest.json").exists():  # killed after all was written
+            return kills
 
 
 def main(out: Path, strategy: str, how: str, *numbers: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -31,7 +32,11 @@ def call(*command: str | Path, cwd: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
-    call(sys.executable, "-m", "build", "--wheel", "--outdir", out, ROOT, cwd=out)
+    # Of a copy: setuptools builds within the folder, where another process may do the same.
+    source = out / "source"
+    aside = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "runs")
+    shutil.copytree(ROOT, source, ignore=aside)
+    call(sys.executable, "-m", "build", "--wheel", "--outdir", out, source, cwd=out)
     return next(out.glob("*.whl"))
 
 
