@@ -42,7 +42,7 @@ class Context(ABC):
         steps: ``[n]`` local steps of each client.
         step: the local step it is at, from 0; -1 before the first.
         running: how many clients have not finished in the current step: the first rows, for the stack is in order of
-            steps, the most first.
+            steps, the most first. Before the first step and after the last one it is all of them.
         active: ``[n, 1]`` the same as a mask.
         clients: ``[n]`` client ids.
     """
@@ -239,7 +239,9 @@ class LocalSGD:
         """The end of the way from ``x [n, d]`` along :meth:`direction`, with all that goes into a step."""
         velocity: Tensor | None = None
         for batch in ctx.batches():
+            finished = x[ctx.running :].clone()
             step = self.direction(ctx, x, batch)
+            x[ctx.running :] = finished  # in case the rule has written to x, too
             if self.clip is not None:
                 norm = step.norm(dim=-1, keepdim=True)
                 step = step * (self.clip / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0)

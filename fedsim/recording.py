@@ -151,9 +151,12 @@ class Recording:
 
     def save(self, sim: Simulation) -> bool:
         """Write a checkpoint, between two instants; False if the run cannot be saved, which is told once."""
-        if self.directory is None or not self._savable:
+        if self.directory is None:
             return False
+        sim.evaluation.catch_up()
         self._flush(sim)
+        if not self._savable:
+            return False
         about = {
             "parts": self.directory.parts,
             "time": sim.now,
@@ -205,6 +208,8 @@ class Recording:
 
     def fail(self, sim: Simulation, error: BaseException) -> None:
         """Keep what there is of a run that could not go on."""
+        with contextlib.suppress(Exception):  # what failed may be the evaluation, or what it evaluates
+            sim.evaluation.catch_up()
         sim.close(getattr(error, "task", None))
         if self.directory is not None:
             logger.error("run failed at %.6g s: %s: %s", sim.now, type(error).__name__, said(error))

@@ -332,6 +332,11 @@ def test_lazy_layers_take_their_shape_under_the_seed() -> None:
     assert not first.draws
 
 
+class Shifting(nn.Flatten):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.sub_(0.5))
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
@@ -341,6 +346,7 @@ def test_lazy_layers_take_their_shape_under_the_seed() -> None:
         (nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(3)), "no trainable parameters"),
         (nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.Linear(3, 3)).requires_grad_(False), "no trainable"),
         (lambda: 3, "not a torch module"),
+        (nn.Sequential(Shifting(), nn.Linear(16, 3)), "writes into the examples"),
     ],
 )
 def test_modules_that_do_not_fit_are_refused(model: nn.Module, words: str) -> None:

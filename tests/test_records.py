@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import fedsim
 from fedsim.data import Dataset
+from fedsim.pool import InlinePool
 from fedsim.problems.models import Mlp
 from fedsim.record import EVENT_COLUMNS, LINK_COLUMNS, METRIC_COLUMNS
 from fedsim.strategies.fedasync import FedAsync
@@ -359,6 +360,38 @@ def test_a_run_that_fails_leaves_readable_tables_and_the_reason(tmp_path):
     assert "run ends" not in log
     assert not (out / "manifest.json").exists()  # what has no manifest is not finished
     assert not list(out.rglob("*.draft"))
+
+
+def test_an_evaluation_that_fails_with_the_run_hides_neither_reason_nor_tables(tmp_path):
+    class Beside(InlinePool):
+        """Puts off evaluations as Ray does."""
+
+        trains_beside = True
+
+    class Unwell(fedsim.Quadratic):
+        def evaluate(self, x):
+            raise ValueError("evaluation broke")
+
+    out = tmp_path / "run"
+    hooks = Hooks(start=lambda self, fed: fed.dispatch(0), on_reply=lambda self, fed, reply: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fedsim.simulate(hooks, Unwell(), clients=3, cohort=3, pool=Beside(), out=out)
+    assert "division by zero" in (out / "run.log").read_text()
+    assert len(pd.read_parquet(out / "events.parquet")) == 1
+
+
+def test_evaluations_that_are_put_off_make_the_same_rows():
+    class Beside(InlinePool):
+        trains_beside = True
+
+    tables = [
+        fedsim.simulate(
+            FedAvg(), fedsim.Quadratic(), clients=9, cohort=3, pool=pool, stop=fedsim.Stop(rounds=7)
+        ).metrics
+        for pool in (InlinePool(), Beside())
+    ]
+    assert len(tables[0]) == 8
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 def test_a_failed_run_lets_go_of_its_log(tmp_path):

@@ -214,6 +214,62 @@ def test_the_group_does_not_show_with_any_hook_whatever_the_machine_can_do(
     assert (max(one.group for one in results) > 1) is (least != 0)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 6, 7, 8, 10, 16, None])
+@pytest.mark.parametrize("loss", ["squared", "binary"])
+def test_the_group_does_not_show_with_one_output(loss: str, batch_size: int | None) -> None:
+    x = torch.randn(600, 32, generator=torch.Generator().manual_seed(0))
+    binary = fedsim.LogisticRegression(Dataset(x, torch.arange(600) % 4, x, torch.arange(600) % 4, 4), Iid(), l2=0.1)
+    made: fedsim.Problem = binary if loss == "binary" else fedsim.LeastSquares(l2=0.1)
+    made.prepare(40, RANDOM)
+    rule = fedsim.LocalSGD(lr=0.05, batch_size=batch_size)
+    todo = works(made, rule.local_steps(np.arange(40), made.samples).tolist())
+    trainer = StackedTrainer(made, {"train": rule}, RANDOM)
+    whole = vectors(trainer.train(todo))
+    for group in (1, 2, 3, 5, 7, 12):
+        parts = [each for first in range(0, 40, group) for each in vectors(trainer.train(todo[first : first + group]))]
+        assert all(map(torch.equal, parts, whole)), group
+
+
+class Tail(fedsim.LocalSGD):
+    """Goes on after the last batch, where all clients are there again."""
+
+    def finish(self, ctx, x):
+        x = ctx.follow(x, ctx.grad(x))
+        return {"delta": ctx.freeze(2 * x, x) - ctx.start}
+
+
+class Listing(fedsim.LocalSGD):
+    """Takes all batches before it uses them."""
+
+    def run(self, ctx):
+        x = ctx.point()
+        for batch in list(ctx.batches()):
+            x = ctx.follow(x, ctx.grad(x, batch))
+        return {"delta": ctx.change(x)}
+
+
+class Writing(fedsim.LocalSGD):
+    """Writes to what it gets."""
+
+    def begin(self, ctx):
+        ctx.start.mul_(0.5)
+        ctx.start = ctx.start + 0.1
+
+    def direction(self, ctx, x, batch):
+        gradient = ctx.grad(x, batch)
+        x.mul_(0.9)
+        return gradient.mul_(2)
+
+
+@pytest.mark.parametrize("rule", [Tail, Listing, Writing])
+def test_what_a_rule_does_beside_its_steps_does_not_show_the_group(rule: type[fedsim.LocalSGD]) -> None:
+    made, job = problem(SIZES), rule(lr=0.1, batch_size=5, prox=0.1)
+    assert_close(made, job, works(made, STEPS))
+    trainer = StackedTrainer(made, {"train": job}, RANDOM)
+    whole, alone = trainer.train(works(made, STEPS)), [trainer.train([each])[0] for each in works(made, STEPS)]
+    assert all(map(torch.equal, vectors(alone), vectors(whole)))
+
+
 def test_products_whose_bits_show_the_stack_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     form = closed_form.ClosedForm(problem([9, 9]).chain())  # type: ignore[arg-type]
     assert form.least_lanes(4) in (1, 2)
@@ -323,6 +379,18 @@ def hooked() -> nn.Module:
     return model
 
 
+def masked() -> nn.Module:
+    model = nn.Sequential(nn.Linear(7, 4))
+    model[0].weight.register_hook(lambda gradient: 0 * gradient)
+    return model
+
+
+def patched() -> nn.Module:
+    model = nn.Sequential(nn.Linear(7, 4))
+    model[0].forward = lambda x: 2 * nn.functional.linear(x, model[0].weight, model[0].bias)  # type: ignore[assignment]
+    return model
+
+
 def frozen() -> nn.Module:
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 4))
     model[0].weight.requires_grad_(False)
@@ -347,6 +415,8 @@ def shared() -> nn.Module:
         (nn.Sequential(nn.Linear(7, 5), nn.Dropout(0.1), nn.Linear(5, 4)), None),
         (nn.Sequential(Odd(7, 4)), None),
         (hooked(), None),
+        (masked(), None),
+        (patched(), None),
         (frozen(), None),
         (shared(), None),
     ],

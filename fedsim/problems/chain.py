@@ -96,7 +96,11 @@ def parts_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modu
 def is_altered(module: nn.Module) -> bool:
     """Whether hooks or parametrisations make a module do something else than its class says."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, each, None) for each in hooks) or hasattr(module, "parametrizations")
+    if any(getattr(module, each, None) for each in hooks) or hasattr(module, "parametrizations"):
+        return True
+    own = list(module.parameters(recurse=False))
+    slopes = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return "forward" in vars(module) or any(getattr(each, name, None) for each in own for name in slopes)
 
 
 def _passes_over(part: nn.Module) -> bool:

@@ -126,7 +126,7 @@ class Classification(Problem):
         with torch_seeded(randomness("model").torch_seed()):
             module = self._build(data)
             dtype = next((each.dtype for each in module.parameters()), torch.float32)
-            self.draws = _probe(module, data.train_x[:2].to(dtype), data.classes)
+            self.draws = _probe(module, data.train_x[:2].to(dtype, copy=True), data.classes)
         if self.precision == "bfloat16" and dtype is not torch.float32:
             name = str(dtype).removeprefix("torch.")
             raise ConfigError(f"precision=bfloat16: needs a model of float32 parameters, this one's are {name}")
@@ -357,7 +357,7 @@ def _probe(module: nn.Module, x: Tensor, classes: int) -> bool:
         with torch.no_grad():
             logits = module.train()(x)  # lazy layers take their shape, and draw their weights, here
             buffers = {key: each.clone() for key, each in module.named_buffers()}
-            before = torch.get_rng_state()
+            before, seen = torch.get_rng_state(), x.clone()
             module(x)
     except Exception as error:  # user code may raise anything
         reason = str(error).partition("\n")[0]
@@ -371,6 +371,8 @@ def _probe(module: nn.Module, x: Tensor, classes: int) -> bool:
                 f"model: buffer {key} changes in training outside the exchanged parameters (BatchNorm's running "
                 "statistics are such); use GroupNorm"
             )
+    if not torch.equal(seen.nan_to_num(), x.nan_to_num()):
+        raise ConfigError(f"model: {name} writes into the examples it gets, which others train on; let it copy them")
     return not torch.equal(before, torch.get_rng_state())
 
 

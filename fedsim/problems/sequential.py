@@ -248,7 +248,7 @@ def sequential_of(module: nn.Module, layout: Layout, shape: tuple[int, ...]) -> 
         if not own <= names:  # frozen, or another part's as well
             return None
         names -= own
-        if type(part) is nn.Identity:
+        if type(part) is nn.Identity or (_is(part, nn.Dropout) and part.p == 0):
             continue
         stage = _stage(f"{name}." if name else "", part, dimensions, stages[-1] if stages else None)
         if stage is None:
@@ -268,7 +268,7 @@ def _stage(prefix: str, part: nn.Module, dimensions: int, before: Stage | None) 
         return _MaxPool2d(part)
     if _is(part, nn.Flatten) and (part.start_dim, part.end_dim) == (1, -1):
         return _Flatten()
-    if _is(part, nn.Dropout):
+    if _is(part, nn.Dropout) and part.p < 1:
         return _Dropout(part.p)
     if _is(part, nn.ReLU):
         # In place where nothing else needs what the layer before it made.

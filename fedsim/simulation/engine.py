@@ -263,7 +263,6 @@ class Simulation(Federation):
 
     def close(self, failed: int | None = None) -> None:
         """Decide what is still open: ``pending``, and ``failed`` for the task that ended the run."""
-        self.evaluation.catch_up()
         self.tasks.close(failed)
         self.links.close()
 

@@ -64,5 +64,6 @@ class Traffic:
 
     def restore(self, snapshot: tuple[int, int, list[int]], tasks: Iterable[LiveTask]) -> None:
         """Become what :meth:`snapshot` saw; ``tasks`` are all that were open then."""
-        self.down, self.up, moving = snapshot
-        self._moving = {task.id: task for task in tasks if task.id in set(moving)}
+        self.down, self.up, ids = snapshot
+        moving = set(ids)
+        self._moving = {task.id: task for task in tasks if task.id in moving}

@@ -172,8 +172,9 @@ class ClosedForm:
             torch.softmax(outputs, 1, out=slope)
             slope.scatter_add_(1, buffers.targets.view(len(outputs), 1, -1), buffers.minus)
         elif self.loss == "binary":
-            torch.sigmoid(outputs, out=slope)
-            slope.sub_(buffers.targets.view(outputs.shape))
+            # The sigmoid, but torch's own gives other bits where a vector of the processor is not full.
+            torch.tanh(outputs * 0.5, out=slope)
+            slope.mul_(0.5).add_(0.5).sub_(buffers.targets.view(outputs.shape))
         else:
             torch.sub(outputs, buffers.targets.view(outputs.shape), out=slope)
         slope.mul_(scale.transpose(1, 2))

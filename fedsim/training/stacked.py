@@ -112,27 +112,36 @@ class StackedContext(Context):
         self._batches, self._form, self._randomness = batches, form, randomness
 
     @property
-    def start(self) -> Tensor:  # type: ignore[override]
+    def start(self) -> Tensor:
         """``[n, d]``: what each client downloaded, a copy for the rule."""
         if self._own_start is None:
             self._own_start = self.point()
         return self._own_start
+
+    @start.setter
+    def start(self, start: Tensor) -> None:
+        self._own_start = start
 
     def batches(self) -> Iterator[Batch]:
         """Epoch after epoch in a new keyed order; the last batch of an epoch may be smaller."""
         for step, batch in enumerate(self._batches.each(self._start)):
             self.step, self.running = step, len(batch.rows)
             yield batch
+        self.running = len(self.clients)
 
     # ---- steps -----------------------------------------------------------------------------------
 
     def point(self) -> Tensor:
         """A copy of ``start`` to train on."""
-        return aligned_stack(len(self.clients), self._start).copy_(self._start)
+        return aligned_stack(len(self.clients), self._start).copy_(self._from())
 
     def change(self, x: Tensor) -> Tensor:
         """A new ``[n, d]``: ``x - start``."""
-        return x - self._start
+        return x - self._from()
+
+    def _from(self) -> Tensor:
+        """``start`` as the rule has it, or if it has not looked at it as it came."""
+        return self._start if self._own_start is None else self._own_start
 
     def follow(self, x: Tensor, direction: Tensor) -> Tensor:
         """A new ``[n, d]``: ``x - lr * direction``, frozen for those that have finished."""
@@ -151,7 +160,7 @@ class StackedContext(Context):
         if batch is None:
             self._full_gradient(self._form, x, new)
         else:
-            new[self.running :].zero_()
+            new[len(batch.rows) :].zero_()
             self._form.gradient(x, batch, new)
         return new
 
