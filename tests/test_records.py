@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support import Hooks
 
 import fedsim
 from fedsim.data import Dataset
