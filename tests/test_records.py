@@ -370,15 +370,27 @@ def test_an_evaluation_that_fails_with_the_run_hides_neither_reason_nor_tables(t
         trains_beside = True
 
     class Unwell(fedsim.Quadratic):
+        """Can be evaluated in the beginning only."""
+
+        evaluations = 0
+
         def evaluate(self, x):
-            raise ValueError("evaluation broke")
+            self.evaluations += 1
+            if self.evaluations > 1:
+                raise ValueError("evaluation broke")
+            return super().evaluate(x)
+
+    def answer(self, fed, reply):
+        self.log.append(reply.client)
+        if len(self.log) == 2:
+            raise ZeroDivisionError("the reason")
 
     out = tmp_path / "run"
-    hooks = Hooks(start=lambda self, fed: fed.dispatch(0), on_reply=lambda self, fed, reply: 1 / 0)
+    hooks = Hooks(start=lambda self, fed: fed.dispatch([0, 1], steps=[1, 9]), on_reply=answer)
     with pytest.raises(ZeroDivisionError):
-        fedsim.simulate(hooks, Unwell(), clients=3, cohort=3, pool=Beside(), out=out)
-    assert "division by zero" in (out / "run.log").read_text()
-    assert len(pd.read_parquet(out / "events.parquet")) == 1
+        fedsim.simulate(hooks, Unwell(), clients=3, cohort=1, pool=Beside(), out=out)
+    assert "the reason" in (out / "run.log").read_text()
+    assert len(pd.read_parquet(out / "events.parquet")) == 2
 
 
 def test_evaluations_that_are_put_off_make_the_same_rows():
