@@ -36,7 +36,7 @@ def test_own_strategy_is_twenty_lines_and_runs(folder: Path, capsys: pytest.Capt
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     (folder / "delaydrop.py").write_text(code)
     (folder / "delaydrop.yaml").write_text(settings)
-    options = ["rounds=40", "strategy.patience=10", "eval_every=40", "out=mine"]
+    options = ["rounds=40", "strategy.patience=10", "strategy.rate=0.2", "eval_every=40", "out=mine"]
     assert main(["run", "strategy=delaydrop", *options]) == 0
     found = re.search(r"accuracy ([0-9.]+)", capsys.readouterr().out)
     assert found

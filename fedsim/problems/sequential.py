@@ -158,10 +158,11 @@ class _Dropout(Stage):
         self.kept = 1.0 - share
 
     def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
+        if not self.kept:  # torch's own draws nothing then
+            return torch.zeros_like(x), torch.zeros_like(x)
         # As torch's own dropout draws on a CPU, so that the same seed gives the same noise.
         noise = torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(self.kept, generator=generator)
-        if self.kept:
-            noise.div_(self.kept)
+        noise.div_(self.kept)
         return x * noise, noise
 
     def backward(self, views: Views, kept: Any, slope: Tensor, into: Into, wanted: bool) -> Tensor:
@@ -268,7 +269,7 @@ def _stage(prefix: str, part: nn.Module, dimensions: int, before: Stage | None) 
         return _MaxPool2d(part)
     if _is(part, nn.Flatten) and (part.start_dim, part.end_dim) == (1, -1):
         return _Flatten()
-    if _is(part, nn.Dropout) and part.p < 1:
+    if _is(part, nn.Dropout):
         return _Dropout(part.p)
     if _is(part, nn.ReLU):
         # In place where nothing else needs what the layer before it made.
