@@ -226,7 +226,7 @@ def one_node() -> Iterator[None]:
 def test_the_number_of_workers_and_the_size_of_groups_do_not_show(strategy: str) -> None:
     inline = {run(InlinePool(group), strategy) for group in (1, 3, 12)}
     assert len(inline) == 1
-    for workers in (1, 2, 3):
+    for workers in (1, 2):  # three are those of the two nodes below, with the same strategies and groups
         for group in (1, 3, 12):
             assert run(AllThere(workers, group=group), strategy) in inline, (workers, group)
 
