@@ -61,7 +61,7 @@ class Noting(AllThere):
         super().close()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -133,7 +133,7 @@ def test_a_pool_stops_the_ray_it_started_even_after_an_error(tmp_path: Path) -> 
         """)
     )
     done = subprocess.run(
-        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180
+        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.stdout.strip().endswith("done"), done.stdout + done.stderr
 
@@ -165,7 +165,7 @@ def test_work_that_is_left_over_is_dropped_in_silence_and_the_users_own_ray_goes
         """)
     )
     done = subprocess.run(
-        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=180
+        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=600
     )
     assert done.stdout == "under way: True\ngoes on: 42\n"
     for word in ("retr", "died", "killed", "failed", "rror"):
@@ -202,7 +202,7 @@ def test_a_worker_that_ray_kills_for_its_memory_says_what_to_try(tmp_path: Path)
     full = (kib["MemTotal"] - kib["MemAvailable"] + 2 * 2**20) / kib["MemTotal"]
     limits = {"RAY_memory_usage_threshold": f"{full:.3f}", "RAY_memory_monitor_refresh_ms": "50"}
     done = subprocess.run(
-        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=180,
+        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=600,
         env=os.environ | limits,
     )  # fmt: skip
     assert done.stdout.startswith("Ray worker 0: out of memory training 4 tasks together, try pool.group=2 (clients ")
@@ -226,7 +226,7 @@ def one_node() -> Iterator[None]:
 def test_the_number_of_workers_and_the_size_of_groups_do_not_show(strategy: str) -> None:
     inline = {run(InlinePool(group), strategy) for group in (1, 3, 12)}
     assert len(inline) == 1
-    for workers in (1, 2, 3):
+    for workers in (1, 2):  # three are those of the two nodes below, with the same strategies and groups
         for group in (1, 3, 12):
             assert run(AllThere(workers, group=group), strategy) in inline, (workers, group)
 

@@ -83,7 +83,7 @@ def hashes(one: fedsim.Run) -> tuple[str, str]:
     return one.manifest["model_sha256"], one.manifest["events_sha256"]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -193,7 +193,7 @@ def test_ready_never_waits_and_hands_over_once(opened: Callable[..., RayPool]) -
         each.forget(1)
     began = time.monotonic()
     assert pool.ready([0]) == {}  # its worker has yet to start
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 2.0
     found: dict[int, Result] = {}
 
     def there() -> bool:

@@ -365,7 +365,7 @@ def test_the_hash_seed_of_python_does_not_show() -> None:
     environment = {**os.environ, "PYTHONHASHSEED": other, "PYTHONPATH": path}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
         here = [each for name in NAMES for each in hashes(image_run(name))]
-        there = process.communicate(timeout=100)[0].split()
+        there = process.communicate(timeout=600)[0].split()
     assert len(set(here)) == 6
     assert there == here
 

@@ -62,7 +62,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "fedsim.cli", *arguments]
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -162,7 +162,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(folder: Path) -> None:
     member = folder / "sweep/seed0"
     with held(folder, *sweep) as running:
         os.killpg(running.pid, signal.SIGINT)  # as the terminal does
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=300)
     assert running.returncode == 128 + signal.SIGINT
     assert "go on with the same command and out=sweep" in said
     assert "resumed" not in (member / "run.log").read_text()
