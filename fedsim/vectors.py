@@ -10,6 +10,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+ALIGNED = 64
+"""Bytes: a new vector begins at a multiple, and so must every one that is trained, for it can show in the bits."""
+
 
 @dataclass(frozen=True)
 class Layout:

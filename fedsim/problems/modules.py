@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fedsim.checks import ConfigError
-from fedsim.vectors import Layout
+from fedsim.vectors import ALIGNED, Layout
 
 PRECISIONS = ("float32", "bfloat16")
 """What a forward pass in training may compute in; parameters and their gradients stay as they are."""
-
-ALIGNED = 64
-"""Bytes: a new vector begins at a multiple, and so must every one that is trained, for it can show in the bits."""
 
 
 @contextmanager

@@ -21,15 +21,13 @@ from torch import Tensor
 
 from fedsim.problems.chain import Chain
 from fedsim.training.batches import Batch
+from fedsim.vectors import ALIGNED
 
 FEWEST, MOST = 2, 64
 """Clients in a stack."""
 
 NUMBERS = 1_700_000
 """Parameters and activations of a stack, about: with more the working set leaves the processor's cache."""
-
-ALIGNED = 64
-"""Bytes: every client's vector begins at a multiple, as it would alone. How memory lies can show in the bits."""
 
 
 def aligned_stack(rows: int, like: Tensor) -> Tensor:
