@@ -34,9 +34,12 @@ class Task(NamedTuple):
     dispatched: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Reply:
-    """One result that has arrived. ``reply["delta"]`` is the tensor of that name; it is the strategy's own."""
+    """One result that has arrived. ``reply["delta"]`` is the tensor of that name; it is the strategy's own.
+
+    Not frozen, for a run makes many and freezing triples what one costs.
+    """
 
     task: Task
     arrived: float

@@ -87,9 +87,10 @@ class Kernel:
 
     def next_time(self) -> int | None:
         """When the next event is due, or None when nothing is left to happen."""
-        while self._heap and self._heap[0][4] in self._cancelled:
-            self._cancelled.remove(heappop(self._heap)[4])
-        return self._heap[0][0] if self._heap else None
+        heap, cancelled = self._heap, self._cancelled
+        while cancelled and heap and heap[0][4] in cancelled:
+            cancelled.remove(heappop(heap)[4])
+        return heap[0][0] if heap else None
 
     def advance(self, time: int) -> None:
         """Move the clock to ``time`` although nothing happens there (the end of a run)."""
@@ -116,11 +117,11 @@ class Kernel:
         heap, cancelled, last = self._heap, self._cancelled, self.handled + self.limit
         while True:
             if heap and heap[0][0] == time:
-                entry = heappop(heap)
-                if entry[4] in cancelled:
-                    cancelled.remove(entry[4])
+                _, _, _, _, handle_id, event = heappop(heap)
+                if cancelled and handle_id in cancelled:
+                    cancelled.remove(handle_id)
                     continue
-                handle(entry[5])
+                handle(event)
             elif not conclude():
                 break
             self.handled += 1

@@ -128,9 +128,9 @@ class Recording:
         """Write what has been closed since, every few seconds, and save the run when that is due."""
         if self.directory is None:
             return
-        now = time.monotonic()
         if not self._looked:
             self._look(sim)
+        now = time.monotonic()
         if self.schedule.due(now - self._saved, sim.kernel.handled - self._events_saved):
             self.save(sim)
         elif now - self._flushed > RunDirectory.FLUSH_SECONDS:

@@ -70,6 +70,21 @@ class Layout:
         return torch.cat([tensors[name].detach().reshape(-1).to(self.dtype) for name in self.names])
 
 
+def aligned_stack(rows: int, like: Tensor) -> Tensor:
+    """A new ``[rows, d]`` with each row where a vector alone would begin, for vectors like ``like [..., d]``."""
+    size, item = like.shape[-1], like.element_size()
+    stride = -(-size * item // ALIGNED) * ALIGNED // item
+    return torch.empty((rows, stride), dtype=like.dtype, device=like.device)[:, :size]
+
+
+def is_aligned(stack: Tensor) -> bool:
+    """Whether every row of ``stack [n, d]`` is dense, begins where a vector alone would and shares no memory."""
+    step = stack.stride(0) * stack.element_size()
+    if len(stack) > 1 and (step % ALIGNED or stack.stride(0) < stack.shape[1]):
+        return False
+    return stack.stride(1) == 1 and stack.data_ptr() % ALIGNED == 0
+
+
 def weighted_sum(vectors: Sequence[Tensor], weights: Iterable[float]) -> Tensor:
     """``sum_i weights[i] * vectors[i]``, added strictly from first to last so that the bits are fixed.
 
@@ -80,6 +95,8 @@ def weighted_sum(vectors: Sequence[Tensor], weights: Iterable[float]) -> Tensor:
     if not vectors or len(vectors) != len(factors):
         raise ValueError(f"weighted_sum needs one weight per vector, got {len(factors)} and {len(vectors)}")
     total = torch.zeros_like(vectors[0])
+    if not total.numel():  # of runs that train nothing
+        return total
     for vector, factor in zip(vectors, factors, strict=True):
         total.add_(vector, alpha=factor)
     return total

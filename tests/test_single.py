@@ -48,7 +48,8 @@ def test_a_task_alone_takes_what_it_takes_among_others(
     system = System(compute.Lognormal(jitter=share * JITTERS[law], jitter_law=law), net(), faults=faults.Faults(*fate))
     system.prepare(CLIENTS, Randomness(seed))
     assert single.applies(system)
-    together = system.spans(*np.array(tasks, dtype=np.int64).T)
+    columns = system.spans(*np.array(tasks, dtype=np.int64).T)
+    together = list(zip(*(column.tolist() for column in columns), strict=True))
     assert [system.spans_of_one(*task) for task in tasks] == together
 
 
@@ -86,7 +87,7 @@ class Certain(faults.Faults):
 def test_models_of_a_users_own_are_asked_for_a_single_task_too(own: System) -> None:
     own.prepare(CLIENTS, Randomness(0))
     asked = (3, 0, 5, 10**6, 10**6)
-    assert own.spans_of_one(*asked) == own.spans(*np.array([asked]).T)[0]
+    assert own.spans_of_one(*asked) == tuple(column.item() for column in own.spans(*np.array([asked]).T))
     usual = System(network=network.Constant() if isinstance(own.network, Doubled) else None)
     usual.prepare(CLIENTS, Randomness(0))
     assert own.spans_of_one(*asked) != usual.spans_of_one(*asked)

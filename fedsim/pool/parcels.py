@@ -95,6 +95,7 @@ class Results:
     state: list[Row]
     """As ``payload``."""
     steps: list[int]
+    finite: list[bool | None]
     group: int
     errors: dict[int, TaskError]
     """What client code raised, by position in the group."""
@@ -106,6 +107,7 @@ class Results:
             payload=_stacked([result.payload for result in results]),
             state=_stacked([result.state for result in results]),
             steps=[result.steps for result in results],
+            finite=[result.finite for result in results],
             group=len(results),
             errors={position: each.error for position, each in enumerate(results) if each.error is not None},
         )
@@ -114,8 +116,8 @@ class Results:
         """The results of these tasks, in memory of their own."""
         payload, state = _rows(self.payload, len(tasks)), _rows(self.state, len(tasks))
         return [
-            Result(payload[position], state[position], self.steps[position], self.group, self.errors.get(position))
-            for position in range(len(tasks))
+            Result(payload[at], state[at], self.steps[at], self.group, self.finite[at], self.errors.get(at))
+            for at in range(len(tasks))
         ]
 
 

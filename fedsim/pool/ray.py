@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from fedsim.checks import ConfigError, SimulationError, optional_number, optional_whole, said
@@ -148,7 +147,7 @@ class RayPool(Pool):
         self._connected = connect(ray, self.address, self.workers)
         self._ray = ray
         try:
-            self._shared = ray.put(np.frombuffer(code, dtype=np.uint8))
+            self._shared = ray.put(code)
             self._crew.hire(ray, self.workers)
         except BaseException:
             self.close()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import pickle
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedsim.pool.connection import import_ray
 from fedsim.pool.parcels import Packed, Parcel, Results
+from fedsim.pool.usercode import Bytes, unpickled
 from fedsim.training import Trainer, trainer_for
 
 
@@ -35,7 +33,7 @@ class Worker:
         context: Any = import_ray().get_runtime_context()
         return Place(context.get_node_id(), os.getpid())
 
-    def train(self, parcels: list[Parcel], shared: NDArray[np.uint8], *tensors: Packed) -> Results:
+    def train(self, parcels: list[Parcel], shared: list[Bytes], *tensors: Packed) -> Results:
         """Train a group.
 
         Args:
@@ -45,6 +43,6 @@ class Worker:
             tensors: the shared tensors, in the parcels' places.
         """
         if self._trainer is None:
-            self._trainer = trainer_for(*pickle.loads(shared.tobytes()))
+            self._trainer = trainer_for(*unpickled(shared))
         owned = [packed.unpacked() for packed in tensors]
         return Results.of(self._trainer.train([parcel.unpacked(owned) for parcel in parcels]))

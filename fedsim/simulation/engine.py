@@ -8,6 +8,7 @@ the result and hands it to the strategy, whose ``publish`` decides the outcome a
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -200,8 +201,7 @@ class Simulation(Federation):
                 f"{type(self.strategy).__name__} published a model with non-finite values "
                 f"at {self.now:.6g} s, version {self._version}: lower the learning rates"
             )
-        for reply in replies:
-            self.tasks.accept(reply, self._version)
+        self.tasks.accept(replies, self._version)
         self.current = model
         self._version += 1
 
@@ -252,12 +252,16 @@ class Simulation(Federation):
         Raises:
             SimulationError: if the run cannot go on.
         """
-        if not self._begun:
-            self._begin()
-        while self.stopped is None:
-            self._advance()
-            for observer in observers:
-                observer(self)
+        gc.freeze()  # a run makes objects in great numbers; what was there before need not be looked through each time
+        try:
+            if not self._begun:
+                self._begin()
+            while self.stopped is None:
+                self._advance()
+                for observer in observers:
+                    observer(self)
+        finally:
+            gc.unfreeze()
         self.close()
         self.evaluation.final()
 
@@ -323,13 +327,14 @@ class Simulation(Federation):
     def _handle(self, event: tuple[str, Any]) -> None:
         kind, subject = event
         self._settled = False
-        if kind == "availability":
+        if kind == "arrive":  # first, for most are
+            self._idle_changes = 0
+            self.tasks.arrive(subject)
+        elif kind == "availability":
             self._change_availability()
         elif kind != "begin":
             self._idle_changes = 0
-            if kind == "arrive":
-                self.tasks.arrive(subject)
-            elif kind == "lose":
+            if kind == "lose":
                 self.tasks.lose(subject)
             elif kind == "expire":
                 self.tasks.expire(subject)

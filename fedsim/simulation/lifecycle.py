@@ -70,11 +70,13 @@ class Lifecycle:
             task = LiveTask(number, client, order, count, vector)
             self._open[number] = self.of_client[client] = task
             self.requested.append(task)
-            self.busy[client] = True
+        self.busy[ids] = True
         return list(range(first, self._next))
 
     def _check_free(self, ids: list[int]) -> None:
         """Refuse clients that there are not, or that have a task already."""
+        if len(ids) == 1 and 0 <= ids[0] < self.sim.clients and ids[0] not in self.of_client:
+            return
         if ids and not 0 <= min(ids) <= max(ids) < self.sim.clients:
             raise ValueError(f"clients are 0 to {self.sim.clients - 1}, asked for {min(ids)} to {max(ids)}")
         if len(set(ids)) < len(ids) or not self.of_client.keys().isdisjoint(ids):
@@ -107,9 +109,13 @@ class Lifecycle:
             return
         self.preparation.prepare(batch, self._measure)
         plan(batch, sim.system, sim.kernel.now)
+        schedule = sim.kernel.schedule
         for task in batch:
             self.traffic.begin(task)
-            self._schedule(task)
+            if task.ended is None and task.order.deadline is None:  # as _schedule does, for this is what most come to
+                task.handle = schedule(task.arrived, Phase.ARRIVAL, ("arrive", task), task.client, task.id)
+            else:
+                self._schedule(task)
             if task.ended is not None:
                 task.work = task.result = None  # it will drop out, so nobody will see its result
             elif task.result is None:
@@ -180,7 +186,7 @@ class Lifecycle:
         sim.samples_done += task.samples
         self._lost_in_a_row = 0
         known = result is self.preparation.untrained.get(task.order.job)
-        wrong = "" if known else self._malformed(result.payload, self.preparation.specs[task.order.job])
+        wrong = "" if known else self._malformed(result, self.preparation.specs[task.order.job])
         if wrong:
             sim.warn(f"rejected the result of client {task.client}, task {task.id}: {wrong}", "rejected results")
             self._decide(task, "rejected")
@@ -198,14 +204,15 @@ class Lifecycle:
         task.ended, task.why = task.upload_started, "failed"
         self.lose(task)
 
-    def _malformed(self, payload: dict[str, Tensor], spec: dict[str, TensorSpec]) -> str:
+    def _malformed(self, result: Result, spec: dict[str, TensorSpec]) -> str:
+        payload = result.payload
         if payload.keys() != spec.keys():
             return f"it holds {sorted(payload)}, expected {sorted(spec)}"
         for name, (shape, dtype) in spec.items():
             tensor = payload[name]
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 return f"'{name}' is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}"
-            if not all_finite(tensor):
+            if not (result.finite or all_finite(tensor)):
                 return f"'{name}' has non-finite values"
         return ""
 
@@ -302,13 +309,20 @@ class Lifecycle:
 
     # ---- outcomes --------------------------------------------------------------------------------
 
-    def accept(self, reply: Reply, version: int) -> None:
-        """A published model was made from this reply: it is applied and its client's new state kept."""
-        task = self._arrived(reply)
-        assert task.result is not None
-        self.states.commit(task.client, task.result.state)
-        self.sim.staleness_sum += version - task.version
-        self._decide(task, "applied", version)
+    def accept(self, replies: Sequence[Reply], version: int) -> None:
+        """A published model was made from these replies: they are applied and their clients' new states kept."""
+        put, known = self.log.put, self._open
+        for reply in replies:
+            task = self._arrived(reply)
+            assert task.result is not None
+            if task.result.state:
+                self.states.commit(task.client, task.result.state)
+            self.sim.staleness_sum += version - task.version
+            put(task.id, task.arrived_row("applied", version))
+            task.status = Status.DECIDED
+            task.result = None
+            del known[task.id]
+            self.outcomes["applied"] += 1
 
     def refuse(self, reply: Reply, why: str) -> None:
         """``Federation.reject``."""
@@ -320,14 +334,16 @@ class Lifecycle:
             raise ValueError(f"the reply of task {reply.task.id} (client {reply.client}) was used or rejected before")
         return task
 
-    def _decide(self, task: LiveTask, outcome: str, applied_version: int | None = None) -> None:
-        now = self.sim.kernel.now
+    def _decide(self, task: LiveTask, outcome: str) -> None:
+        """The outcome of a task whose result is not applied."""
         if task.status is Status.ARRIVED:
-            moved = task.down_bytes, task.up_bytes
+            row = task.arrived_row(outcome, None)
         else:
+            now = self.sim.kernel.now
             moved = task.moved(now, self.sim.system)
             self.traffic.cut(task, moved)
-        self.log.put(task.id, task.row(now, outcome, applied_version, moved))
+            row = task.cut_row(now, outcome, moved)
+        self.log.put(task.id, row)
         self.outcomes[outcome] += 1
         task.status = Status.DECIDED
         task.result = None

@@ -116,8 +116,8 @@ class Preparation:
             self._count_anew(tasks, rule)
             return
         counts = self._counts.setdefault((rule.steps, rule.epochs, rule.batch_size), {})
-        for task in tasks:
-            key = self.sim.samples.item(task.client), task.steps
+        for task, held in zip(tasks, self._held(tasks), strict=True):
+            key = held, task.steps
             known = counts.get(key)
             if known is not None:
                 task.steps, task.samples = known
@@ -132,6 +132,13 @@ class Preparation:
         steps = np.where(samples == 0, 0, np.where(asked < 0, own, asked))
         for task, count, examples in zip(tasks, steps.tolist(), rule.examples(steps, samples).tolist(), strict=True):
             task.steps, task.samples = count, examples
+
+    def _held(self, tasks: Sequence[LiveTask]) -> list[int]:
+        """How many examples each task's client holds."""
+        if len(tasks) == 1:
+            return [self.sim.samples.item(tasks[0].client)]
+        held: list[int] = self._samples(tasks).tolist()
+        return held
 
     def _samples(self, tasks: Sequence[LiveTask]) -> NDArray[np.int64]:
         return self.sim.samples[[task.client for task in tasks]]

@@ -37,8 +37,7 @@ class ClientStates:
 
     def commit(self, client: int, new: State) -> None:
         """Keep what a client's accepted task has made of its state."""
-        if new:
-            self.held[client] = {**self.of(client), **new}
+        self.held[client] = {**self.of(client), **new}
 
     def kept(self, name: str) -> dict[int, Tensor]:
         """Copies of the state ``name`` by client, of those that have it, ascending by id."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from fedsim.checks import SimulationError
 from fedsim.federation import Task
 from fedsim.kernel import NS
-from fedsim.system import LONGEST, Spans, Stage, System
+from fedsim.record import Row
+from fedsim.system import LONGEST, Stage, System
 from fedsim.training import Result, Work
 
 
@@ -82,6 +83,11 @@ class LiveTask:
         order = self.order
         return Task(self.id, self.client, order.job, order.tag, self.version, self.steps, order.dispatched / NS)
 
+    def drop_out(self, fraction: float, now: int) -> None:
+        """Its client will be lost when it has done ``fraction`` of its work."""
+        self.ended = max(self.started + round(fraction * (self.computed - self.started)), now + 1)
+        self.why = "dropped"
+
     def shift(self, since: int, by: int) -> None:
         """Put off everything planned after ``since`` (the client was away for ``by`` nanoseconds)."""
         for name in ("started", "computed", "upload_started", "arrived", "ended"):
@@ -112,8 +118,32 @@ class LiveTask:
             up = int(system.network.moved_up(client, self.up_bytes, elapsed)[0])
         return down, up
 
-    def row(self, now: int, outcome: str, applied_version: int | None, moved: tuple[int, int]) -> tuple[Any, ...]:
-        """Its row in ``events``; times it never came to are missing."""
+    def arrived_row(self, outcome: str, applied_version: int | None) -> Row:
+        """Its row in ``events`` once it has arrived: it came to all its times, and its bytes moved whole."""
+        order = self.order
+        return (
+            self.id,
+            self.client,
+            order.job,
+            "" if order.tag is None else str(order.tag),
+            order.dispatched / NS,
+            self.started / NS,
+            self.computed / NS,
+            self.upload_started / NS,
+            self.arrived / NS,
+            self.version,
+            applied_version,
+            None if applied_version is None else applied_version - self.version,
+            self.steps,
+            self.samples,
+            self.down_bytes,
+            self.up_bytes,
+            self.group,
+            outcome,
+        )
+
+    def cut_row(self, now: int, outcome: str, moved: tuple[int, int]) -> Row:
+        """Its row in ``events`` if it has not arrived by ``now``; times it never came to are missing."""
         order = self.order
         return (
             self.id,
@@ -123,8 +153,8 @@ class LiveTask:
             order.dispatched / NS,
             *self._times(now),
             self.version,
-            applied_version,
-            None if applied_version is None else applied_version - self.version,
+            None,
+            None,
             max(self.steps, 0),
             self.samples,
             *moved,
@@ -134,8 +164,6 @@ class LiveTask:
 
     def _times(self, now: int) -> tuple[float | None, ...]:
         """Seconds at which it started, had computed, started its upload and arrived, as far as it came."""
-        if self.status is Status.ARRIVED:
-            return self.started / NS, self.computed / NS, self.upload_started / NS, self.arrived / NS
         last = -1 if self.status is Status.REQUESTED else self.seen_until(now)
         whole = self.ended is None
         # A client lost in the moment its work was done has not begun to send.
@@ -156,26 +184,44 @@ def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
     Raises:
         SimulationError: for a task that would last beyond the end of the clock.
     """
-    for task, (down, compute, up, stage, fraction) in zip(tasks, _spans(tasks, system), strict=True):
-        if task.order.local:
-            down = up = 0
-        longest = max(down, compute, up)
-        if longest >= LONGEST or now >= LONGEST:
-            what = f"it is {now / NS:.6g} s" if now >= LONGEST else f"a task lasts {longest / NS:.6g} s or more"
-            raise SimulationError(f"{what}: the clock ends at {LONGEST / NS:.4g} s of virtual time (36 years)")
-        task.down_time, task.up_time = down, up
-        task.started = now + down
-        task.computed = task.upload_started = task.started + compute
-        task.arrived = max(task.computed + up, now + 1)
-        if stage != Stage.NONE:
-            task.ended = max(task.started + round(fraction * compute), now + 1)
-            task.why = "dropped"
-        task.status = Status.RUNNING
-
-
-def _spans(tasks: Sequence[LiveTask], system: System) -> Sequence[Spans]:
     if len(tasks) == 1:
-        task = tasks[0]
-        return [system.spans_of_one(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes)]
-    columns = [(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes) for task in tasks]
-    return system.spans(*np.array(columns, dtype=np.int64).T)
+        _plan_one(tasks[0], system, now)
+        return
+    asked = [(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes) for task in tasks]
+    down, compute, up, stage, fraction = system.spans(*np.array(asked, dtype=np.int64).T)
+    local = np.array([task.order.local for task in tasks])
+    if local.any():
+        down, up = np.where(local, 0, down), np.where(local, 0, up)
+    _check_clock(now, int(max(down.max(), compute.max(), up.max())))
+    started = now + down
+    computed = started + compute
+    arrived = np.maximum(computed + up, now + 1)
+    columns = (each.tolist() for each in (down, up, started, computed, arrived))
+    for task, *times in zip(tasks, *columns, strict=True):
+        task.down_time, task.up_time, task.started, task.computed, task.arrived = times
+        task.upload_started = task.computed
+        task.status = Status.RUNNING
+    for lost in np.flatnonzero(stage != Stage.NONE).tolist():
+        tasks[lost].drop_out(fraction[lost].item(), now)
+
+
+def _plan_one(task: LiveTask, system: System, now: int) -> None:
+    """What :func:`plan` does, without arrays."""
+    spans = system.spans_of_one(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes)
+    down, compute, up, stage, fraction = spans
+    if task.order.local:
+        down = up = 0
+    _check_clock(now, max(down, compute, up))
+    task.down_time, task.up_time = down, up
+    task.started = now + down
+    task.computed = task.upload_started = task.started + compute
+    task.arrived = max(task.computed + up, now + 1)
+    task.status = Status.RUNNING
+    if stage != Stage.NONE:
+        task.drop_out(fraction, now)
+
+
+def _check_clock(now: int, longest: int) -> None:
+    if longest >= LONGEST or now >= LONGEST:
+        what = f"it is {now / NS:.6g} s" if now >= LONGEST else f"a task lasts {longest / NS:.6g} s or more"
+        raise SimulationError(f"{what}: the clock ends at {LONGEST / NS:.4g} s of virtual time (36 years)")

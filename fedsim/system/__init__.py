@@ -8,6 +8,8 @@ Models hold arrays over clients and plain numbers only: they can be pickled at a
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,12 +22,17 @@ from fedsim.system.compute import Constant as ConstantCompute
 from fedsim.system.faults import Faults, Stage
 from fedsim.system.network import Network, NoNetwork
 
-__all__ = ["LONGEST", "Availability", "Compute", "Faults", "Network", "Spans", "Stage", "System"]
+__all__ = ["LONGEST", "Availability", "Compute", "Faults", "Network", "SpanColumns", "Spans", "Stage", "System"]
 
 
 Spans = tuple[int, int, int, int, float]
 """How long a task's download, local work and upload take, in whole nanoseconds; the code of the :class:`Stage` at which
 it is lost, and the share of its local work that is done by then."""
+
+SpanColumns = tuple[
+    NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.integer[Any]], NDArray[np.float64]
+]
+"""The :data:`Spans` of many tasks, each item ``[k]``."""
 
 
 class System:
@@ -72,15 +79,16 @@ class System:
         steps: NDArray[np.int64],
         down_bytes: NDArray[np.int64],
         up_bytes: NDArray[np.int64],
-    ) -> list[Spans]:
+    ) -> SpanColumns:
         """The spans of the ``nth[i]``-th tasks of ``clients[i]``, of so many local steps and bytes each: ``[k]``."""
         down, up = self.network.down(clients, down_bytes), self.network.up(clients, up_bytes)
         stage, fraction = self.faults.draw(clients, nth)
-        columns = (down, self.compute.durations(clients, steps, nth), up, stage, fraction)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
+        return down, self.compute.durations(clients, steps, nth), up, stage, fraction
 
     def spans_of_one(self, client: int, nth: int, steps: int, down_bytes: int, up_bytes: int) -> Spans:
         """What :meth:`spans` gives for one task, bit for bit and in a fraction of the time."""
         if not self._repeated:
-            return self.spans(*np.array([[client], [nth], [steps], [down_bytes], [up_bytes]]))[0]
+            columns = self.spans(*np.array([[client], [nth], [steps], [down_bytes], [up_bytes]]))
+            down, compute, up, stage, fraction = (column[0] for column in columns)
+            return int(down), int(compute), int(up), int(stage), float(fraction)
         return single.spans(self.network, self.compute, self.faults, client, nth, steps, down_bytes, up_bytes)

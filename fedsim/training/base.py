@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedsim.checks import TaskError, said
 from fedsim.local import LocalSGD
+from fedsim.vectors import is_aligned
 
 
 @dataclass(slots=True)
@@ -39,6 +40,8 @@ class Result:
     steps: int
     group: int = 1
     """How many tasks were trained together."""
+    finite: bool | None = None
+    """True if the payload is known to hold finite numbers only; None if nobody has looked."""
     error: TaskError | None = None
     """What client code raised. It counts when the result is due and not before, so that a task nobody waits for any
     more cannot end a run."""
@@ -77,17 +80,49 @@ def unstacked(stacks: Any, what: str, count: int) -> list[dict[str, Tensor]]:
     Raises:
         TypeError: if a rule made something else of it.
     """
+    rows: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in _named_stacks(stacks, what, count).items():
+        for row, own in zip(rows, tensor.detach().unbind(), strict=True):
+            row[name] = torch.clone(own, memory_format=torch.contiguous_format)
+    return rows
+
+
+def divided(stacks: Any, what: str, count: int) -> list[dict[str, Tensor]]:
+    """As :func:`unstacked`, but rows may stay in the stack they were made in: for what is soon used up.
+
+    No two rows share memory, and each lies as it would alone.
+
+    Raises:
+        TypeError: if a rule made something else of it.
+    """
+    named = _named_stacks(stacks, what, count)
+    apart = {each.untyped_storage().data_ptr() for each in named.values() if each.ndim == 2 and is_aligned(each)}
+    if len(apart) < len(named):
+        return unstacked(stacks, what, count)
+    rows: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, tensor in named.items():
+        for row, own in zip(rows, tensor.detach().unbind(), strict=True):
+            row[name] = own
+    return rows
+
+
+def _named_stacks(stacks: Any, what: str, count: int) -> dict[str, Tensor]:
     if not isinstance(stacks, Mapping):
         raise TypeError(f"{what} must be a dict of tensors, is a {type(stacks).__name__}")
     for name, tensor in stacks.items():
         if not isinstance(tensor, Tensor) or tensor.ndim == 0 or len(tensor) != count:
             shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{what} must hold tensors [n, ...] with n = {count} here, '{name}' is {shape}")
-    rows: list[dict[str, Tensor]] = [{} for _ in range(count)]
-    for name, tensor in stacks.items():
-        for row, own in zip(rows, tensor.detach().unbind(), strict=True):
-            row[str(name)] = torch.clone(own, memory_format=torch.contiguous_format)
-    return rows
+    return {str(name): tensor for name, tensor in stacks.items()}
+
+
+def finite_rows(stacks: Mapping[str, Tensor], count: int) -> list[bool | None]:
+    """For each row of named stacks ``[count, ...]`` True if all its items are finite, None if that is not certain."""
+    certain = torch.ones(count, dtype=torch.bool)
+    for stack in stacks.values():
+        if stack.is_floating_point() and stack.numel():
+            certain &= torch.isfinite(stack.detach().reshape(count, -1).sum(1))  # a NaN or an infinity in it would show
+    return [True if each else None for each in certain.tolist()]
 
 
 def failure(rule: LocalSGD, work: Work, step: int, group: int, error: BaseException) -> Result:
@@ -101,7 +136,7 @@ def failure(rule: LocalSGD, work: Work, step: int, group: int, error: BaseExcept
         fatal=no_memory,
     )
     task_error.__cause__ = error
-    return Result({}, {}, 0, group, task_error)
+    return Result({}, {}, 0, group, error=task_error)
 
 
 def _no_memory(error: BaseException) -> bool:

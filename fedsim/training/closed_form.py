@@ -21,26 +21,13 @@ from torch import Tensor
 
 from fedsim.problems.chain import Chain
 from fedsim.training.batches import Batch
-from fedsim.vectors import ALIGNED
+from fedsim.vectors import ALIGNED, aligned_stack
 
 FEWEST, MOST = 2, 64
 """Clients in a stack."""
 
 NUMBERS = 1_700_000
 """Parameters and activations of a stack, about: with more the working set leaves the processor's cache."""
-
-
-def aligned_stack(rows: int, like: Tensor) -> Tensor:
-    """A new ``[rows, d]`` with each row where a vector alone would begin, for vectors like ``like [..., d]``."""
-    size, item = like.shape[-1], like.element_size()
-    stride = -(-size * item // ALIGNED) * ALIGNED // item
-    return torch.empty((rows, stride), dtype=like.dtype, device=like.device)[:, :size]
-
-
-def is_aligned(stack: Tensor) -> bool:
-    """Whether every row of ``stack [n, d]`` is dense and begins where a vector alone would."""
-    step = stack.stride(0) * stack.element_size()
-    return stack.stride(1) == 1 and stack.data_ptr() % ALIGNED == 0 and (step % ALIGNED == 0 or len(stack) == 1)
 
 
 @dataclass(slots=True)

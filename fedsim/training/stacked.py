@@ -18,10 +18,11 @@ from torch import Tensor
 from fedsim.local import Context, LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
-from fedsim.training.base import Result, Trainer, Work, failure, moved, stacked_tensors, unstacked
+from fedsim.training.base import Result, Trainer, Work, divided, failure, finite_rows, moved, stacked_tensors, unstacked
 from fedsim.training.batches import Batch, Rows, StackBatches, padded_size
-from fedsim.training.closed_form import ClosedForm, aligned_stack, is_aligned
+from fedsim.training.closed_form import ClosedForm
 from fedsim.training.devices import reproducible
+from fedsim.vectors import aligned_stack, is_aligned
 
 HOOKS = ("run", "begin", "direction", "finish")
 """What a local rule can do its own way."""
@@ -137,7 +138,7 @@ class StackedContext(Context):
 
     def change(self, x: Tensor) -> Tensor:
         """A new ``[n, d]``: ``x - start``."""
-        return x - self._from()
+        return torch.sub(x, self._from(), out=aligned_stack(len(x), x))
 
     def _from(self) -> Tensor:
         """``start`` as the rule has it, or if it has not looked at it as it came."""
@@ -265,14 +266,15 @@ class StackedTrainer(Trainer):
             batches = self._batches(lanes)
         context = StackedContext(lanes, batches, self._form_for(batches.padded), self.randomness, self.device)
         try:
-            payload = unstacked(moved(rule.run(context), "cpu"), "the payload", len(lanes))
+            made = moved(rule.run(context), "cpu")
+            payload = divided(made, "the payload", len(lanes))
             state = unstacked(moved(context.state, "cpu"), "ctx.state", len(lanes))
         except (Exception, SystemExit) as error:
             if len(works) > 1:  # whose fault it was shows when each is trained by itself
                 return [result for work in works for result in self._train_alike([work])]
             return [failure(rule, works[0], context.step + 1, 1, error)]
-        steps = context.steps.tolist()
-        return [Result(payload[lane], state[lane], steps[lane], len(works)) for lane in range(len(works))]
+        steps, finite, count = context.steps.tolist(), finite_rows(made, len(lanes)), len(works)
+        return [Result(payload[lane], state[lane], steps[lane], count, finite[lane]) for lane in range(count)]
 
     def _form_for(self, size: int) -> StackForm | Paired | None:
         """What makes gradients of batches of this size."""
