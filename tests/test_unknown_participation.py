@@ -69,9 +69,9 @@ def test_the_weight_is_that_of_the_recursion_and_of_the_list(p: float, cutoff: i
 
 @pytest.mark.parametrize(("p", "cutoff"), [(0.1, 1), (0.1, 5), (0.1, 50), (0.1, None), (0.5, 2), (1.0, 4)])
 def test_the_mean_weight_is_that_of_cut_geometric_intervals(p: float, cutoff: int | None) -> None:
-    """(1 - (1 - p)^K) / p; the largest standard error of these is 0.6 %."""
-    weights = IntervalWeights(80, cutoff)
-    for client, part in enumerate(np.random.default_rng(1).uniform(size=(80, 4000)) < p):
+    """(1 - (1 - p)^K) / p; the largest standard error of these is 0.8 %."""
+    weights = IntervalWeights(50, cutoff)
+    for client, part in enumerate(np.random.default_rng(1).uniform(size=(50, 3000)) < p):
         for t in np.flatnonzero(part).tolist():
             weights.take_part(client, t)
     wanted = (1 - (1 - p) ** (cutoff or np.inf)) / p
@@ -113,7 +113,7 @@ class OneHot(LocalSGD):
         return {"delta": eye(x.shape[1], dtype=x.dtype)[from_numpy(ctx.clients)]}
 
 
-ONE_STEP = LocalSGD(lr=0.01, steps=1)
+ONE_STEP = LocalSGD(lr=0.1, steps=1)
 RATES = (0.1, 0.25, 0.5, 0.9)
 
 
@@ -131,68 +131,65 @@ def mean_weights(strategy: Strategy, presence: Any, rounds: int = 1500, clients:
     return weights
 
 
-def test_weights_of_fedau_and_of_known_probabilities_are_unbiased_and_those_of_the_other_two_are_not() -> None:
-    """Of 1,500 rounds; the largest standard error, of the rarest client, is 8 %."""
-    rule, rates = OneHot(steps=1), np.array(RATES)
-    for strategy in (FedAU(rule, cutoff=None), FedAU(rule), KnownProbability(rule)):
-        np.testing.assert_allclose(mean_weights(strategy, Rates(*RATES)), np.ones(4), atol=0.15)
-    np.testing.assert_allclose(mean_weights(FedAU(rule, 3), Rates(*RATES)), 1 - (1 - rates) ** 3, atol=0.08)
-    np.testing.assert_allclose(mean_weights(AverageAll(rule), Rates(*RATES)), rates, atol=0.04)
-    participating = mean_weights(AverageParticipating(rule), Rates(*RATES))
-    assert participating[3] > 5 * participating[0]
+MEANS: dict[str, tuple[Any, Floats]] = {
+    "fedau": (FedAU, np.ones(4)),
+    "fedau-uncut": (lambda rule: FedAU(rule, cutoff=None), np.ones(4)),
+    "fedau-3": (lambda rule: FedAU(rule, 3), 1 - (1 - np.array(RATES)) ** 3),
+    "known_probability": (KnownProbability, np.ones(4)),
+    "average_all": (AverageAll, np.array(RATES)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEANS)
+def test_the_mean_weight_of_a_client_is_what_the_method_promises(name: str) -> None:
+    """Over 3,000 rounds; the largest standard error, of the rarest client, is 5.5 %."""
+    make, wanted = MEANS[name]
+    np.testing.assert_allclose(mean_weights(make(OneHot(steps=1)), Rates(*RATES), 3000), wanted, atol=0.15)
 
 
 def test_rounds_to_which_nobody_comes_are_counted() -> None:
     """A client by itself, there in three of ten rounds: not to count the others would make its weight 1 in those."""
-    assert mean_weights(FedAU(OneHot(steps=1)), Rates(0.3), clients=1) == pytest.approx(1.0, abs=0.06)
-    assert mean_weights(AverageParticipating(OneHot(steps=1)), Rates(0.3), clients=1) == pytest.approx(0.3, abs=0.06)
+    alone: dict[str, Any] = {"rounds": 500, "clients": 1}
+    assert mean_weights(FedAU(OneHot(steps=1)), Rates(0.3), **alone) == pytest.approx(1.0, abs=0.1)
+    assert mean_weights(AverageParticipating(OneHot(steps=1)), Rates(0.3), **alone) == pytest.approx(0.3, abs=0.1)
 
 
 def test_who_drops_out_has_not_taken_part() -> None:
     """All are there, and every other task is lost: one weighs 2 on average."""
-    weights = mean_weights(FedAU(OneHot(steps=1)), None, faults=Faults(0.5), rounds=800)
-    np.testing.assert_allclose(weights, np.ones(4), atol=0.12)
+    weights = mean_weights(FedAU(OneHot(steps=1)), None, faults=Faults(0.5), rounds=200)
+    np.testing.assert_allclose(weights, np.ones(4), atol=0.25)
 
 
-def averaged_error(strategy: Strategy, rounds: int, presence: Any) -> float:
-    """Squared distance to the optimum of the mean of the models after the first tenth of the rounds."""
+def averaged_error(strategy: Strategy, rounds: int, rates: Any, dimension: int) -> float:
+    """Squared distance to the optimum of the mean of the models after the first quarter of the rounds."""
     models: list[Floats] = []
 
     def look(sim: Any) -> None:
         if sim.now >= len(models):
             models.append(sim.model.numpy())
 
-    problem = Quadratic(10)
-    run(strategy, presence, rounds + 0.5, 20, problem=problem, observer=look)
-    mean = np.mean(models[rounds // 10 :], axis=0)
-    return float(((mean - problem.optimum) ** 2).sum())
-
-
-def rates_of(clients: int) -> Floats:
-    """Between 0.05 and 1, whatever the clients hold."""
-    return 0.05 + 0.95 * np.random.default_rng(3).uniform(size=clients)
+    problem = Quadratic(dimension)
+    run(strategy, Rates(*rates), rounds + 0.5, len(rates), problem=problem, observer=look)
+    assert len(models) == rounds + 1
+    return float(((np.mean(models[rounds // 4 :], axis=0) - problem.optimum) ** 2).sum())
 
 
 @pytest.mark.slow
 def test_fedau_ends_at_the_optimum_where_the_mean_of_participants_does_not() -> None:
-    """20 bowls in ten dimensions, one step a round of rate 0.01, no cutoff, models averaged over time."""
-    errors = [
-        averaged_error(strategy, 10_000, Rates(*rates_of(20)))
-        for strategy in (FedAU(ONE_STEP, cutoff=None), AverageParticipating(ONE_STEP))
-    ]
-    assert errors[0] < errors[1] / 100
-    assert errors[1] > 0.1
+    """20 bowls in ten dimensions at rates from 0.05 to 1, one step a round of rate 0.01, no cutoff, 6,000 rounds."""
+    rates = 0.05 + 0.95 * np.random.default_rng(3).uniform(size=20)
+    rule = LocalSGD(lr=0.01, steps=1)
+    participating = averaged_error(AverageParticipating(rule), 6000, rates, 10)
+    assert participating > 0.1
+    assert averaged_error(FedAU(rule, cutoff=None), 6000, rates, 10) < participating / 100
 
 
 def test_fedau_comes_nearer_than_the_mean_of_participants() -> None:
-    """The short form of the slow test above: rate 0.05, 400 rounds."""
-    rule = LocalSGD(lr=0.05, steps=1)
-    fedau, participating, known = (
-        averaged_error(strategy, 400, Rates(*rates_of(20)))
-        for strategy in (FedAU(rule, cutoff=None), AverageParticipating(rule), KnownProbability(rule))
-    )
-    assert fedau < participating / 4
-    assert known < participating / 4
+    """The short form of the slow test above: 8 bowls in four dimensions, rate 0.1, 200 rounds."""
+    rates, rule = (0.1, 0.2, 0.9, 1.0, 0.3, 0.8, 0.15, 0.95), LocalSGD(lr=0.1, steps=1)
+    participating = averaged_error(AverageParticipating(rule), 200, rates, 4)
+    assert averaged_error(FedAU(rule, cutoff=None), 200, rates, 4) < participating / 20
 
 
 # ---- what they become --------------------------------------------------------------------------------
@@ -320,9 +317,9 @@ def test_where_nobody_knows_the_shares_probabilities_must_be_given() -> None:
 
 def test_binomial_cohorts_are_in_the_probabilities() -> None:
     strategy = KnownProbability(OneHot(steps=1), selection="binomial")
-    weights = run(strategy, availability.Bernoulli(0.8, 1.0), 400.5, 8, cohort=4, problem=Untrained(8))
+    weights = run(strategy, availability.Bernoulli(0.8, 1.0), 100.5, 8, cohort=4, problem=Untrained(8))
     assert strategy.p.tolist() == [0.4] * 8
-    assert weights.model["x"].mean() * 8 / 400 == pytest.approx(1.0, abs=0.1)
+    assert weights.model["x"].mean() * 8 / 100 == pytest.approx(1.0, abs=0.15)
 
 
 @pytest.mark.parametrize(
