@@ -186,16 +186,20 @@ def test_a_client_by_itself_has_nothing_to_correct(option: str) -> None:
 
 
 def distances(strategy: Strategy, rounds: int, **more: Any) -> Vector:
-    """Squared distances to the optimum of 20 bowls in ten dimensions, 5 of them a round."""
-    more = {"eval_every": 5, "problem": Quadratic(10)} | more
-    found: Vector = run(strategy, rounds, clients=20, cohort=5, **more).metrics["distance"].to_numpy()
+    """Squared distances to the optimum, every fifth round."""
+    found: Vector = run(strategy, rounds, eval_every=5, **more).metrics["distance"].to_numpy()
     return found
+
+
+def dozen() -> dict[str, Any]:
+    """Twelve bowls, three of them a round."""
+    return {"problem": Quadratic(4, low=0.5), "clients": 12, "cohort": 3}
 
 
 @pytest.mark.parametrize("name", CORRECTED)
 def test_control_variates_reach_the_optimum_with_a_quarter_of_the_clients(name: str) -> None:
     """eta = 0.2, 5 steps, beta = 0.2."""
-    assert distances(METHODS[name](LocalSGD(lr=0.2, steps=5), beta=0.2), 130)[-1] < 1e-10
+    assert distances(METHODS[name](LocalSGD(lr=0.2, steps=5), beta=0.2), 125, **dozen())[-1] < 1e-10
 
 
 @pytest.mark.parametrize("name", ["fedavg", "fedavg_m", "fedavg_m_vr"])
@@ -203,27 +207,27 @@ def test_without_control_variates_the_sampling_shows(name: str) -> None:
     """The same for 60 rounds; the control of the test above."""
     local = LocalSGD(lr=0.2, steps=5)
     strategy = FedAvg(local) if name == "fedavg" else METHODS[name](local, beta=0.2)
-    assert distances(strategy, 60)[6:].min() > 0.05
+    assert distances(strategy, 60, **dozen())[6:].min() > 0.05
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*METHODS, "fedavg"])
 def test_in_the_long_run_only_control_variates_are_exact(name: str) -> None:
-    """eta = 0.05, 5 steps, beta = 0.2, gamma = eta K; FedAvg-M and its VR keep the floor that FedAvg has."""
+    """20 bowls in ten dimensions, 5 a round, eta = 0.05, 5 steps, beta = 0.2, gamma = eta K; FedAvg-M and its VR keep
+    the floor that FedAvg has."""
     local = LocalSGD(lr=0.05, steps=5)
     strategy = FedAvg(local) if name == "fedavg" else METHODS[name](local, beta=0.2)
-    found = distances(strategy, 1000, eval_every=50)
-    assert found[-1] < 1e-12 if name in CORRECTED else found[5:].min() > 0.01
+    found = distances(strategy, 1000, problem=Quadratic(10), clients=20, cohort=5)
+    assert found[-1] < 1e-12 if name in CORRECTED else found[50:].min() > 0.01
 
 
-@pytest.mark.parametrize("stragglers", ["cancel", "late"])
-@pytest.mark.parametrize("name", CORRECTED)
+@pytest.mark.parametrize(("name", "stragglers"), [("scaffold-II", "cancel"), *((name, "late") for name in CORRECTED)])
 def test_deadlines_and_results_that_are_dropped_do_not_show(name: str, stragglers: str) -> None:
-    """Speeds and times differ, so that many results are dropped; eta = 0.2, 5 steps, beta = 0.3."""
-    more = {"over_selection": 2.0, "deadline": 5.5, "stragglers": stragglers}
+    """Speeds and times differ, so that many results are dropped; eta = 0.2, 3 steps, beta = 0.4."""
+    more = {"over_selection": 2.0, "deadline": 3.3, "stragglers": stragglers}
     devices = {"clients": 5, "cohort": 2, "compute": Uniform(0.7, 1.3, jitter=0.4)}
-    watch, rounds = Watch(), {"cancel": 85, "late": 190}[stragglers]  # late results count as received
-    strategy = METHODS[name](LocalSGD(lr=0.2, steps=5), beta=0.3, **more)
+    watch, rounds = Watch(), {"cancel": 90, "late": 210}[stragglers]  # late results count as received
+    strategy = METHODS[name](LocalSGD(lr=0.2, steps=3), beta=0.4, **more)
     problem = Quadratic(4, low=1.0)
     done = run(strategy, rounds, problem=problem, observer=watch, eval_every=rounds, **devices)
     outcomes = done.events.outcome.value_counts()
