@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedsim.version import __version__
 
 if TYPE_CHECKING:
-    from fedsim.aggregate import StalenessWeight, expected_seconds, mean_update, reply_weights
+    from fedsim.aggregate import StalenessWeight, expected_seconds, mean_direction, mean_update, reply_weights
     from fedsim.app import simulate
     from fedsim.checkpoint import CheckpointSchedule
     from fedsim.checks import (
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from fedsim.federation import SERVER, Federation, Reply, Task, Timer
     from fedsim.kernel import whole_periods
-    from fedsim.local import Context, LocalSGD, TensorSpec
+    from fedsim.local import Context, ControlVariateSGD, LocalSGD, TensorSpec
     from fedsim.problems.base import Problem, objective_weights
     from fedsim.problems.classification import Classification
     from fedsim.problems.least_squares import LeastSquares
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from fedsim.vectors import Layout, mean, weighted_sum
 
 _HOME = {
-    "fedsim.aggregate": "StalenessWeight expected_seconds mean_update reply_weights",
+    "fedsim.aggregate": "StalenessWeight expected_seconds mean_direction mean_update reply_weights",
     "fedsim.app": "simulate",
     "fedsim.checkpoint": "CheckpointSchedule",
     "fedsim.recording": "Run",
@@ -51,7 +51,7 @@ _HOME = {
     "optional_seconds optional_whole whole",
     "fedsim.federation": "SERVER Federation Reply Task Timer",
     "fedsim.kernel": "whole_periods",
-    "fedsim.local": "Context LocalSGD TensorSpec",
+    "fedsim.local": "Context ControlVariateSGD LocalSGD TensorSpec",
     "fedsim.problems.base": "Problem objective_weights",
     "fedsim.problems.classification": "Classification",
     "fedsim.problems.least_squares": "LeastSquares",
@@ -73,6 +73,7 @@ __all__ = [
     "Classification",
     "ConfigError",
     "Context",
+    "ControlVariateSGD",
     "Federation",
     "FedsimError",
     "Layout",
@@ -101,6 +102,7 @@ __all__ = [
     "flag",
     "idle_with_data",
     "mean",
+    "mean_direction",
     "mean_update",
     "number",
     "objective_weights",

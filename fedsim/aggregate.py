@@ -34,6 +34,18 @@ def mean_update(replies: Sequence[Reply], weighting: str, name: str = "delta") -
     return weighted_sum([reply[name] for reply in replies], reply_weights(replies, weighting))
 
 
+def mean_direction(replies: Sequence[Reply], rate: float) -> Tensor:
+    """``(1 / (rate sum_i K_i)) sum_i (x_0 - x_{i, K_i})`` ``[d]``: the mean of all local steps, in units of gradient.
+
+    Args:
+        replies: with the updates ``delta``, of tasks of ``K_i`` local steps that began at one model.
+        rate: the learning rate of the steps. Zeros come back if it is 0 or no step was made.
+    """
+    length = rate * sum(reply.task.steps for reply in replies)
+    factor = -1.0 / length if length else 0.0
+    return weighted_sum([reply["delta"] for reply in replies], [factor] * len(replies))
+
+
 def expected_seconds(fed: Federation, job: LocalSGD) -> NDArray[np.float64]:
     """``tau [clients]``: how long a task of ``job`` is expected to keep each client busy, at least one nanosecond."""
     ids = np.arange(fed.clients)

@@ -111,6 +111,11 @@ class Federation(ABC):
 
     @property
     @abstractmethod
+    def presence(self) -> NDArray[np.float64] | None:
+        """``[clients]``: the share of time each is online in the long run, or None where nobody can know it."""
+
+    @property
+    @abstractmethod
     def in_flight(self) -> int:
         """How many tasks are running or about to start."""
 

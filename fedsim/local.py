@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
@@ -279,6 +279,70 @@ class LocalSGD:
             setattr(other, name, value)
         other.__post_init__()
         return other
+
+    def refuse_own(self, *settings: str) -> None:
+        """Refuse settings of the local steps that a method has no place for: they must be 0.
+
+        Raises:
+            ConfigError: naming the first that is not.
+        """
+        for name in settings:
+            if getattr(self, name):
+                raise ConfigError(f"local.{name}={getattr(self, name)}: must be 0, this method has no place for it")
+
+    def as_rule(self, kind: type[Rule], **settings: Any) -> Rule:
+        """A rule of another class with these settings, and with ``settings`` of its own.
+
+        Raises:
+            ConfigError: if this rule is not a plain one, for what it does its own way would be lost, or for a wrong
+                value.
+        """
+        if type(self) is not LocalSGD:
+            raise ConfigError(f"local={type(self).__name__}: must be LocalSGD, this method has local steps of its own")
+        shared = {each.name: getattr(self, each.name) for each in fields(LocalSGD) if each.init}
+        return kind(**shared, **settings)
+
+
+@dataclass
+class ControlVariateSGD(LocalSGD):
+    """Local steps of clients that keep a control variate ``c_i``, their mean gradient in the last task accepted.
+
+    Subclasses take their gradients by :meth:`gradient`, so that ``c_i^+ = (1 / K) sum_k g_i(x_k)`` over the K steps of
+    the task. Plain steps along ``g_i - c_i + c`` make that ``c_i - c + (x_0 - x_K) / (K lr)``, SCAFFOLD's option II
+    (arXiv 1910.06378); with momentum, weight decay or clipping in the steps only the mean gradient is right.
+
+    State ``control`` ``[d]`` is ``c_i``, 0 at first. ``control_change`` ``[d]``, which is ``c_i^+ - c_i``, travels up
+    beside the update. A task without a step gives ``c_i^+ = 0``, for its client has no data.
+    """
+
+    def payload_spec(self, layout: Layout) -> dict[str, TensorSpec]:
+        """The update, and the change of the control variate."""
+        return {**super().payload_spec(layout), "control_change": TensorSpec((layout.size,), layout.dtype)}
+
+    def initial_state(self, layout: Layout) -> dict[str, Tensor]:
+        """``c_i = 0``."""
+        return {"control": layout.zeros()}
+
+    def begin(self, ctx: Context) -> None:
+        """The sum of gradients is empty."""
+        self.gradients = torch.zeros_like(ctx.start)
+
+    def gradient(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
+        """The gradient ``[n, d]`` at ``x [n, d]`` over the batch of a step, counted towards ``c_i^+``."""
+        gradient = ctx.grad(x, batch)
+        self.gradients += gradient  # those who have finished add 0
+        return gradient
+
+    def new_control(self, ctx: Context) -> Tensor:
+        """``c_i^+ [n, d]``, after the last step."""
+        return self.gradients / torch.from_numpy(ctx.steps).to(self.gradients).clamp_min(1).unsqueeze(1)
+
+    def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
+        """Send ``c_i^+ - c_i``, too; ``c_i <- c_i^+`` once the result is accepted."""
+        new = self.new_control(ctx)
+        change = new - ctx.state["control"]
+        ctx.state["control"] = new
+        return {**super().finish(ctx, x), "control_change": change}
 
 
 def _is_list(setting: Any) -> TypeGuard[Sequence[Any]]:

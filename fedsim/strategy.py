@@ -24,6 +24,9 @@ from fedsim.topology import Ring, Topology
 Ids = NDArray[np.int64]
 """Client ids, or a whole number for each, ``[k]``."""
 
+SELECTIONS = ("fixed", "binomial", "online")
+"""Whom a round may ask."""
+
 
 class Strategy:
     """The server's half of a method. Override the handlers you need; each is called at its event.
@@ -103,7 +106,8 @@ class Round:
         over_selection: ask ``ceil(over_selection * cohort)`` clients and go on with the first ``cohort`` results.
         deadline: seconds after which a round closes with what it has; None waits for everybody asked.
         selection: ``"fixed"`` asks a cohort of fixed size; ``"binomial"`` asks each client with probability
-            ``cohort / clients`` and waits for all of them.
+            ``cohort / clients`` and waits for all of them; ``"online"`` asks everybody who is online and idle, and
+            waits for all of them.
         stragglers: ``"cancel"`` calls back those still running when a round closes; ``"late"`` lets them finish
             and refuses their results.
     """
@@ -117,9 +121,10 @@ class Round:
     ) -> None:
         self.over_selection = number("over_selection", over_selection, least=1)
         self.deadline = optional_seconds("deadline", deadline, above=0)
-        self.selection = one_of("selection", selection, ("fixed", "binomial"))
+        self.selection = one_of("selection", selection, SELECTIONS)
         self.stragglers = one_of("stragglers", stragglers, ("cancel", "late"))
         self.number = 0
+        """How many rounds have been begun, those included to which nobody could be asked."""
         self.waiting: set[int] = set()
         self.replies: list[Reply] = []
         self._quorum = 0
@@ -147,6 +152,8 @@ class Round:
             # 10 * 1.1 is 11.000000000000002: round the product before taking the ceiling.
             return fed.pick(math.ceil(round(self.over_selection * fed.cohort, 9)))
         idle = fed.idle()
+        if self.selection == "online":
+            return idle
         for attempt in range(100):  # an empty cohort is drawn again
             share = fed.rng("binomial cohort", self.number, attempt, idle).uniform()
             chosen = idle[share < fed.cohort / fed.clients]
@@ -195,6 +202,9 @@ class Synchronous(Strategy, ABC):
     Takes the settings of :class:`Round`.
     """
 
+    rate: float
+    """The learning rate of the local steps of the round that is under way; there once it has begun."""
+
     def __init__(
         self,
         local: LocalSGD | None = None,
@@ -232,6 +242,7 @@ class Synchronous(Strategy, ABC):
             replies = self.round.close(fed)
             if replies:
                 fed.publish(self.aggregate(fed, replies), used=replies)
+            self.rate = self.jobs["train"].rate(fed.round)
             self.round.open(fed, self.local_steps)
 
 

@@ -21,7 +21,10 @@ from fedsim.system.faults import Faults
 NAMES = sorted(choices("strategy", Path(__file__).parent))
 
 PEERS = {"dpsgd", "dfedavg", "dfedavgm"}
-WAITING = {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", *PEERS}
+ONLINE = {"fedau", "average_participating", "average_all", "known_probability"}
+"""Those that ask whoever is there."""
+CORRECTED = {"scaffold", "fedavg_m", "scaffold_m", "fedavg_m_vr", "scaffold_m_vr"}
+WAITING = {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", *PEERS, *ONLINE, *CORRECTED}
 """Those that use no stale update."""
 
 OTHERWISE = {
@@ -29,6 +32,8 @@ OTHERWISE = {
     "async_fedavg": ["clients=20", "compute=uniform", "strategy.server_lr=0.05"],
     "dfedavgm": ["local.lr=0.02"],  # momentum of 0.9 makes steps ten times as long
     "dpsgd": ["local.batch_size=20", "rounds=700", "eval_every=50"],  # one gradient per round
+    **{name: ["strategy.selection=binomial"] for name in ONLINE},  # all are there, and so would all be in every round
+    "average_all": ["strategy.selection=binomial", "strategy.server_lr=5"],  # a tenth of all makes a tenth of a step
 }
 
 
@@ -60,6 +65,7 @@ SMALL = [
 SMALL_OTHERWISE = {
     "async_fedavg": ["local.steps=5", "strategy.server_lr=0.1"],
     "dpsgd": ["rounds=60", "eval_every=60"],  # one gradient per round, and no local.steps
+    **{name: ["local.steps=5", "strategy.selection=binomial"] for name in ONLINE},
 }
 
 
@@ -145,12 +151,14 @@ def test_a_run_that_is_stopped_three_times_ends_with_the_same_bits(name: str, tm
 
 # ---- nobody there --------------------------------------------------------------------------------------
 
+SCRIPTED_OTHERWISE = {"known_probability": ["strategy.probability=0.5"]}  # no script says how often anybody comes
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_to_which_nobody_comes_says_so(name: str, tmp_path: Path) -> None:
     leaving = [(2.5, client, False) for client in range(12)]
     for number, presence in enumerate((Scripted(absent=tuple(range(12))), Scripted(*leaving))):
-        assembly = assembled(name, *QUADRATIC, out=tmp_path / str(number))
+        assembly = assembled(name, *QUADRATIC, *SCRIPTED_OTHERWISE.get(name, []), out=tmp_path / str(number))
         assembly.system = fedsim.System(Constant(mean=1.0), assembly.system.network, presence, Faults())
         with pytest.raises(fedsim.SimulationError, match="nothing is left to happen at"):
             assembly.run()

@@ -124,6 +124,11 @@ class Simulation(Federation):
         return _read_only(self.system.availability.online)
 
     @property
+    def presence(self) -> NDArray[np.float64] | None:
+        """What the presence model says."""
+        return self.system.availability.shares()
+
+    @property
     def in_flight(self) -> int:
         """Tasks running or about to start."""
         return len(self.tasks.of_client)

@@ -49,6 +49,10 @@ class Availability(ABC):
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Set the states of clients ``0 .. clients - 1`` at time 0."""
 
+    def shares(self) -> NDArray[np.float64] | None:
+        """``[clients]``: the share of time each is online in the long run, after ``prepare``; None if not known."""
+        return None
+
     @abstractmethod
     def next_change(self) -> int | None:
         """The next time (ns) at which anybody's state may change; None for never."""
@@ -70,6 +74,10 @@ class Always(Availability):
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Put everybody online."""
         self._online = np.ones(clients, dtype=np.bool_)
+
+    def shares(self) -> NDArray[np.float64]:
+        """1 for all."""
+        return np.ones(len(self._online))
 
     def next_change(self) -> int | None:
         """Never."""
@@ -133,6 +141,10 @@ class Bernoulli(Slotted):
     def __init__(self, p: float = 0.5, slot: float = 60.0) -> None:
         super().__init__(slot)
         self.p = number("p", p, least=0, most=1)
+
+    def shares(self) -> NDArray[np.float64]:
+        """``p`` for all."""
+        return np.full(len(self._online), self.p)
 
     def _first(self, ids: Ids) -> States:
         return self._uniform(ids) <= self.p
@@ -215,6 +227,10 @@ class Cyclic(Switching):
         self.down = seconds("down", down, least=SHORTEST)
         self._up_ns, self._down_ns = to_ns(self.up), to_ns(self.down)
 
+    def shares(self) -> NDArray[np.float64]:
+        """``up / (up + down)`` for all."""
+        return np.full(len(self._online), self.up / (self.up + self.down))
+
     def _first(self, ids: Ids) -> tuple[States, Nanoseconds]:
         period = self._up_ns + self._down_ns
         phase = self._randomness("availability.phase", ids).integers(period)
@@ -252,6 +268,10 @@ class Markov(Availability):
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Draw the states at time 0."""
         self._law.prepare(clients, randomness)
+
+    def shares(self) -> NDArray[np.float64]:
+        """``up / (up + down)`` for all."""
+        return np.full(len(self.online), self.up / (self.up + self.down))
 
     def next_change(self) -> int | None:
         """The next switch, or the next slot boundary."""

@@ -46,6 +46,10 @@ class Diurnal(Slotted):
         self.period = seconds("period", period, least=SHORTEST)
         self.timezones = number("timezones", timezones, least=0, most=1)
 
+    def shares(self) -> NDArray[np.float64]:
+        """``mean`` for all."""
+        return np.full(len(self._online), self.mean)
+
     def probability(self, slot: int) -> NDArray[np.float64]:
         """The probability of each client to be online in that slot, float64 ``[clients]``; after :meth:`prepare`."""
         slots_per_period = self.period / self.slot
@@ -203,6 +207,10 @@ class LabelCorrelated(Availability):
         alike = (shares * weights).sum(axis=1)  # no matrix product: its bits may depend on how many clients there are
         self._law.rates = np.clip(classes * self.mean * alike, self.p_min, 1.0)
         self._law.prepare(clients, randomness)
+
+    def shares(self) -> NDArray[np.float64]:
+        """Each client's rate."""
+        return self.rates
 
     def next_change(self) -> int | None:
         """The next slot boundary."""
