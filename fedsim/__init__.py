@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fedsim.problems.schedule_only import ScheduleOnly
     from fedsim.recording import Run
     from fedsim.simulation.stop import Stop
-    from fedsim.strategy import Asynchronous, Peers, Round, Strategy, Synchronous, idle_with_data
+    from fedsim.strategy import Anarchic, Asynchronous, Peers, Round, Strategy, Synchronous, idle_with_data
     from fedsim.system import System
     from fedsim.topology import Topology
     from fedsim.vectors import Layout, mean, weighted_sum
@@ -59,7 +59,7 @@ _HOME = {
     "fedsim.problems.quadratic": "Quadratic",
     "fedsim.problems.schedule_only": "ScheduleOnly",
     "fedsim.simulation.stop": "Stop",
-    "fedsim.strategy": "Asynchronous Peers Round Strategy Synchronous idle_with_data",
+    "fedsim.strategy": "Anarchic Asynchronous Peers Round Strategy Synchronous idle_with_data",
     "fedsim.system": "System",
     "fedsim.topology": "Topology",
     "fedsim.vectors": "Layout mean weighted_sum",
@@ -68,6 +68,7 @@ _WHERE = {name: module for module, names in _HOME.items() for name in names.spli
 
 __all__ = [
     "SERVER",
+    "Anarchic",
     "Asynchronous",
     "CheckpointSchedule",
     "Classification",

@@ -141,8 +141,8 @@ class LocalSGD:
     lr_decay: float = 1.0
     keep: bool = False
     sends: str = field(default="delta", init=False)
-    """What travels up: ``"delta"`` is ``x - start``, ``"model"`` is ``x``. For strategies to set, by
-    :meth:`replace`: they know which of the two they use."""
+    """What travels up: ``"delta"`` is ``x - start``, ``"model"`` is ``x``, ``"gradient"`` is the mean of what the steps
+    followed, ``(start - x) / (lr * steps)``. For strategies to set, by :meth:`replace`: they know which they use."""
 
     measured: ClassVar[bool] = False
     """True for rules whose amount of work depends on its outcome: they are trained alone, at take-effect."""
@@ -166,7 +166,15 @@ class LocalSGD:
         self.prox = number("prox", self.prox, least=0)
         self.lr_decay = number("lr_decay", self.lr_decay, above=0, most=1)
         self.keep = flag("keep", self.keep)
-        self.sends = one_of("sends", self.sends, ("delta", "model"))
+        self.sends = one_of("sends", self.sends, ("delta", "model", "gradient"))
+        if self.sends == "gradient":
+            if not self.lr:
+                raise ConfigError("local.lr=0.0: clients that send their mean gradient need a rate > 0")
+            if self.momentum:
+                raise ConfigError(
+                    f"local.momentum={self.momentum}: a step along a velocity is no gradient, and mean gradients are "
+                    "what travels up here; leave it 0"
+                )
 
     # ---- known before training -------------------------------------------------------------------
 
@@ -264,7 +272,12 @@ class LocalSGD:
 
     def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
         """After the last step: what travels up."""
-        return {"model": x} if self.sends == "model" else {"delta": ctx.change(x)}
+        if self.sends == "model":
+            return {"model": x}
+        if self.sends == "delta":
+            return {"delta": ctx.change(x)}
+        steps = torch.from_numpy(ctx.steps).to(ctx.lr).clamp_min(1).unsqueeze(1)  # none where there are no examples
+        return {"gradient": ctx.change(x) / (-ctx.lr * steps)}
 
     def replace(self: Rule, **changes: Any) -> Rule:
         """A copy with other settings, checked anew.
