@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fedsim.problems.quadratic import Quadratic
     from fedsim.problems.schedule_only import ScheduleOnly
     from fedsim.recording import Run
+    from fedsim.server import Momentum, PlainStep
     from fedsim.simulation.stop import Stop
     from fedsim.strategy import Anarchic, Asynchronous, Peers, Round, Strategy, Synchronous, idle_with_data
     from fedsim.system import System
@@ -58,6 +59,7 @@ _HOME = {
     "fedsim.problems.logistic": "LogisticRegression",
     "fedsim.problems.quadratic": "Quadratic",
     "fedsim.problems.schedule_only": "ScheduleOnly",
+    "fedsim.server": "Momentum PlainStep",
     "fedsim.simulation.stop": "Stop",
     "fedsim.strategy": "Anarchic Asynchronous Peers Round Strategy Synchronous idle_with_data",
     "fedsim.system": "System",
@@ -80,7 +82,9 @@ __all__ = [
     "LeastSquares",
     "LocalSGD",
     "LogisticRegression",
+    "Momentum",
     "Peers",
+    "PlainStep",
     "Problem",
     "Quadratic",
     "Reply",

@@ -33,6 +33,7 @@ OURS = {
     "fedsim.federation": "Reply Task Timer",
     "fedsim.local": "LocalSGD TensorSpec",
     "fedsim.rng": "Randomness",
+    "fedsim.server": "Momentum PlainStep",
     "fedsim.simulation.links": "Gossip Letter",
     "fedsim.simulation.tasks": "LiveTask Order Status",
     "fedsim.strategy": "Round",

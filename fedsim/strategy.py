@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsim.checks import number, one_of, optional_seconds, optional_whole, seconds, whole
 from fedsim.federation import Federation, Reply, Task, Timer
 from fedsim.local import MOST, LocalSGD
+from fedsim.server import PlainStep
 from fedsim.topology import Ring, Topology
 
 Ids = NDArray[np.int64]
@@ -30,15 +31,19 @@ class Strategy:
 
     Args:
         local: the client's half of the job ``"train"``.
+        server: what the server makes of a step; for strategies that publish ``fed.model + self.server(step)``.
     """
 
     jobs: dict[str, LocalSGD]
     """What clients can be asked to do, by name."""
     everybody: ClassVar[bool] = False
     """Whether all clients make a round, whatever ``cohort`` says, and each model published ends one: peers do."""
+    steps_by: ClassVar[str] = "makes server steps of its own"
+    """Why a strategy that takes no ``server`` does not."""
 
-    def __init__(self, local: LocalSGD | None = None) -> None:
+    def __init__(self, local: LocalSGD | None = None, server: PlainStep | None = None) -> None:
         self.jobs = {"train": local if local is not None else LocalSGD()}
+        self.server = server if server is not None else PlainStep()
 
     def check(self, clients: int) -> None:
         """Refuse settings that do not fit a population of ``clients``, before anything is written.
@@ -192,7 +197,7 @@ class Round:
 class Synchronous(Strategy, ABC):
     """A server that works in rounds: subclasses say how the results of one round become the next model.
 
-    Takes the settings of :class:`Round`.
+    Takes the settings of :class:`Round`, and ``server`` as :class:`Strategy` does.
     """
 
     def __init__(
@@ -202,8 +207,9 @@ class Synchronous(Strategy, ABC):
         deadline: float | None = None,
         selection: str = "fixed",
         stragglers: str = "cancel",
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local)
+        super().__init__(local, server)
         self.round = Round(over_selection, deadline, selection, stragglers)
 
     @abstractmethod
@@ -241,10 +247,13 @@ class Asynchronous(Strategy):
     Args:
         local: the client's half.
         concurrency: tasks in flight; None is the run's cohort.
+        server: what the server makes of a step.
     """
 
-    def __init__(self, local: LocalSGD | None = None, concurrency: int | None = None) -> None:
-        super().__init__(local)
+    def __init__(
+        self, local: LocalSGD | None = None, concurrency: int | None = None, server: PlainStep | None = None
+    ) -> None:
+        super().__init__(local, server)
         self.concurrency = optional_whole("concurrency", concurrency, least=1)
 
     def settle(self, fed: Federation) -> None:
@@ -272,10 +281,17 @@ class Anarchic(Strategy):
         most_steps: a task runs 1 to so many local steps, all equally likely, drawn by the client; only if
             ``local.steps`` is None, for that says how many.
         pause: mean seconds of the exponential pause before a task; 0 makes none.
+        server: what the server makes of a step.
     """
 
-    def __init__(self, local: LocalSGD | None = None, most_steps: int = 20, pause: float = 0.0) -> None:
-        super().__init__((local if local is not None else LocalSGD()).replace(sends="gradient"))
+    def __init__(
+        self,
+        local: LocalSGD | None = None,
+        most_steps: int = 20,
+        pause: float = 0.0,
+        server: PlainStep | None = None,
+    ) -> None:
+        super().__init__((local if local is not None else LocalSGD()).replace(sends="gradient"), server)
         self.most_steps = whole("most_steps", most_steps, least=1, most=MOST)
         self.pause = seconds("pause", pause, least=0)
         self.turns: NDArray[np.int64]
@@ -335,6 +351,7 @@ class Peers(Strategy):
     """
 
     everybody = True
+    steps_by = "has no server"
 
     def __init__(self, local: LocalSGD | None = None, topology: Topology | None = None) -> None:
         super().__init__((local if local is not None else LocalSGD()).replace(sends="model"))
