@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
@@ -215,6 +215,11 @@ class LocalSGD:
         """A client's state before its first accepted result; made only when it is needed."""
         return {}
 
+    @property
+    def gradients_per_step(self) -> int:
+        """Gradients that one local step takes: so many times a step's time is what it costs."""
+        return 1
+
     # ---- the work itself -------------------------------------------------------------------------
 
     def run(self, ctx: Context) -> dict[str, Tensor]:
@@ -279,6 +284,62 @@ class LocalSGD:
             setattr(other, name, value)
         other.__post_init__()
         return other
+
+
+@dataclass
+class SAM(LocalSGD):
+    """Sharpness-aware minimisation: the gradient is taken where the loss is about highest nearby.
+
+    The ``g`` of one step of :class:`LocalSGD` is the gradient at the end of an ascent step, over the same batch::
+
+        s = rho * grad(x) / ||grad(x)||                (one norm over all parameters)
+        g = grad(x + s)
+
+    and the step is taken from ``x``. A step costs two gradients, in virtual time too; with ``rho = 0`` it is the plain
+    step and costs one.
+
+    Source: Foret et al. 2021 (arXiv 2010.01412), whose ``rho`` is the default; FedSAM (arXiv 2206.02618) is FedAvg
+    with it.
+
+    Args:
+        rho: length of the ascent step.
+    """
+
+    rho: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rho = number("rho", self.rho, least=0)
+
+    @classmethod
+    def of(cls, local: LocalSGD | None, rho: float) -> SAM:
+        """``local`` with ascent steps of length ``rho``, for strategies whose clients take them.
+
+        Raises:
+            ConfigError: if ``local`` is a rule of another kind, or makes ascent steps of another length.
+        """
+        rule = local if local is not None else LocalSGD()
+        rho = number("rho", rho, least=0)
+        if type(rule) not in (LocalSGD, cls):
+            name = f"{type(rule).__module__}.{type(rule).__qualname__}"
+            raise ConfigError(f"local._target_={name}: this strategy sets the local step; take local=sgd")
+        if isinstance(rule, cls) and rule.rho != rho:
+            raise ConfigError(f"rho={rho}: local.rho={rule.rho} sets the same; take local=sgd and strategy.rho alone")
+        settings = {each.name: getattr(rule, each.name) for each in fields(LocalSGD) if each.init}
+        return cls(**settings, rho=rho).replace(sends=rule.sends)
+
+    @property
+    def gradients_per_step(self) -> int:
+        """Two: one to find the way up, one at the end of it."""
+        return 2 if self.rho else 1
+
+    def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
+        """The gradient ``[n, d]`` at the end of the ascent step."""
+        slope = ctx.grad(x, batch)
+        if not self.rho:
+            return slope
+        norm = slope.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+        return ctx.grad(x + self.rho * (slope / norm), batch)
 
 
 def _is_list(setting: Any) -> TypeGuard[Sequence[Any]]:
