@@ -144,6 +144,9 @@ class LocalSGD:
     """What travels up: ``"delta"`` is ``x - start``, ``"model"`` is ``x``. For strategies to set, by
     :meth:`replace`: they know which of the two they use."""
 
+    gradient: LocalSGD | None = field(default=None, init=False)
+    """The rule whose direction stands for the plain gradient, if not None. Set by :meth:`around`."""
+
     measured: ClassVar[bool] = False
     """True for rules whose amount of work depends on its outcome: they are trained alone, at take-effect."""
     unread: ClassVar[tuple[str, ...]] = ("own",)
@@ -218,13 +221,13 @@ class LocalSGD:
     @property
     def gradients_per_step(self) -> int:
         """Gradients that one local step takes: so many times a step's time is what it costs."""
-        return 1
+        return 1 if self.gradient is None else self.gradient.gradients_per_step
 
     # ---- the work itself -------------------------------------------------------------------------
 
     def run(self, ctx: Context) -> dict[str, Tensor]:
         """Train the stack and return what travels up, each tensor ``[n, ...]``."""
-        x = ctx.point()
+        x = self.origin(ctx)
         self.begin(ctx)
         if self._is_plain():
             for batch in ctx.batches():
@@ -237,7 +240,7 @@ class LocalSGD:
 
     def _is_plain(self) -> bool:
         """Whether a step is nothing but ``x - lr * gradient``."""
-        own = type(self).direction is not LocalSGD.direction
+        own = type(self).direction is not LocalSGD.direction or self.gradient is not None
         return not (own or self.clip is not None or self.weight_decay or self.prox or self.momentum)
 
     def _along_direction(self, ctx: Context, x: Tensor) -> Tensor:
@@ -260,16 +263,46 @@ class LocalSGD:
             x = ctx.follow(x, step)
         return x
 
+    def origin(self, ctx: Context) -> Tensor:
+        """The point ``[n, d]`` that the first step is taken from: what ``ctx.point()`` gives, which may be written to.
+
+        It need not be ``ctx.start``: a rule may go on from a model that the client has kept.
+        """
+        return ctx.point()
+
     def begin(self, ctx: Context) -> None:
         """Before the first step."""
 
     def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
         """The gradient ``[n, d]`` that one step follows downhill."""
-        return ctx.grad(x, batch)
+        return ctx.grad(x, batch) if self.gradient is None else self.gradient.direction(ctx, x, batch)
 
     def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
         """After the last step: what travels up."""
         return {"model": x} if self.sends == "model" else {"delta": ctx.change(x)}
+
+    @classmethod
+    def around(cls: type[Rule], local: LocalSGD | None, **settings: Any) -> Rule:
+        """A rule of this class for strategies that bring their own: with the settings of ``local``, and its direction
+        where this class asks for the gradient.
+
+        Args:
+            local: what the user chose; None is plain SGD.
+            settings: of this class, and such of ``local`` as are to differ.
+
+        Raises:
+            ConfigError: if ``local`` does more its own way than the direction of a step.
+        """
+        rule = local if local is not None else LocalSGD()
+        for name in ("run", "origin", "begin", "finish", "initial_state", "payload_spec", "local_steps", "rate"):
+            if getattr(type(rule), name) is not getattr(LocalSGD, name):
+                target = f"{type(rule).__module__}.{type(rule).__qualname__}"
+                raise ConfigError(f"local._target_={target}: it has its own {name}, as this strategy; take local=sgd")
+        shared = {each.name: getattr(rule, each.name) for each in fields(LocalSGD) if each.init}
+        made = cls(**{**shared, **settings})
+        plain = type(rule).direction is LocalSGD.direction
+        made.sends, made.gradient = rule.sends, rule.gradient if plain else rule
+        return made
 
     def replace(self: Rule, **changes: Any) -> Rule:
         """A copy with other settings, checked anew.
@@ -318,15 +351,16 @@ class SAM(LocalSGD):
         Raises:
             ConfigError: if ``local`` is a rule of another kind, or makes ascent steps of another length.
         """
-        rule = local if local is not None else LocalSGD()
         rho = number("rho", rho, least=0)
-        if type(rule) not in (LocalSGD, cls):
-            name = f"{type(rule).__module__}.{type(rule).__qualname__}"
-            raise ConfigError(f"local._target_={name}: this strategy sets the local step; take local=sgd")
-        if isinstance(rule, cls) and rule.rho != rho:
-            raise ConfigError(f"rho={rho}: local.rho={rule.rho} sets the same; take local=sgd and strategy.rho alone")
-        settings = {each.name: getattr(rule, each.name) for each in fields(LocalSGD) if each.init}
-        return cls(**settings, rho=rho).replace(sends=rule.sends)
+        if not isinstance(local, cls):
+            rule = cls.around(local, rho=rho)
+            if rule.gradient is not None:
+                target = f"{type(local).__module__}.{type(local).__qualname__}"
+                raise ConfigError(f"local._target_={target}: this strategy takes ascent steps; take local=sgd")
+            return rule
+        if local.rho != rho:
+            raise ConfigError(f"rho={rho}: local.rho={local.rho} sets the same; take local=sgd and strategy.rho alone")
+        return local
 
     @property
     def gradients_per_step(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -144,12 +145,12 @@ class Own(LocalSGD):
 def test_only_a_plain_rule_becomes_one_with_ascent_steps() -> None:
     rule = LocalSGD(lr=0.3, steps=4, clip=2.0, keep=True).replace(sends="model")
     made = SAM.of(rule, 0.2)
-    assert {**vars(rule), "rho": 0.2} == vars(made)
+    assert {**asdict(rule), "rho": 0.2} == asdict(made)
     assert SAM.of(made, 0.2) == made
-    assert vars(SAM.of(None, 0.1)) == {**vars(LocalSGD()), "rho": 0.1}
+    assert asdict(SAM.of(None, 0.1)) == {**asdict(LocalSGD()), "rho": 0.1}
     with pytest.raises(ConfigError, match=r"^rho=0.1: local.rho=0.2 sets the same"):
         SAM.of(made, 0.1)
-    with pytest.raises(ConfigError, match=r"^local._target_=test_sam.Own: this strategy sets the local step"):
+    with pytest.raises(ConfigError, match=r"^local._target_=test_sam.Own: this strategy takes ascent steps"):
         SAM.of(Own(), 0.1)
     with pytest.raises(ConfigError, match=r"^rho=-1: must be a number >= 0"):
         SAM(rho=-1)
