@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from fedsim.federation import SERVER, Federation, Reply, Task, Timer
     from fedsim.kernel import whole_periods
-    from fedsim.local import Context, LocalSGD, TensorSpec
+    from fedsim.local import SAM, Context, LocalSGD, TensorSpec
     from fedsim.problems.base import Problem, objective_weights
     from fedsim.problems.classification import Classification
     from fedsim.problems.least_squares import LeastSquares
@@ -52,7 +52,7 @@ _HOME = {
     "optional_seconds optional_whole whole",
     "fedsim.federation": "SERVER Federation Reply Task Timer",
     "fedsim.kernel": "whole_periods",
-    "fedsim.local": "Context LocalSGD TensorSpec",
+    "fedsim.local": "SAM Context LocalSGD TensorSpec",
     "fedsim.problems.base": "Problem objective_weights",
     "fedsim.problems.classification": "Classification",
     "fedsim.problems.least_squares": "LeastSquares",
@@ -69,6 +69,7 @@ _HOME = {
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
 
 __all__ = [
+    "SAM",
     "SERVER",
     "Anarchic",
     "Asynchronous",

@@ -31,7 +31,7 @@ OURS = {
     "fedsim.aggregate": "StalenessWeight",
     "fedsim.checks": "TaskError",
     "fedsim.federation": "Reply Task Timer",
-    "fedsim.local": "LocalSGD TensorSpec",
+    "fedsim.local": "SAM LocalSGD TensorSpec",
     "fedsim.rng": "Randomness",
     "fedsim.server": "Momentum PlainStep",
     "fedsim.simulation.links": "Gossip Letter",

@@ -20,8 +20,8 @@ from fedsim.system.faults import Faults
 
 NAMES = sorted(choices("strategy", Path(__file__).parent))
 
-PEERS = {"dpsgd", "dfedavg", "dfedavgm"}
-WAITING = {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", *PEERS}
+PEERS = {"dpsgd", "dfedavg", "dfedavgm", "dfedsam", "dfedsam_mgs"}
+WAITING = {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedadmm", "fedadmm_released", *PEERS}
 """Those that use no stale update."""
 
 OTHERWISE = {

@@ -49,6 +49,8 @@ class LiveTask:
     version = 0
     status = Status.REQUESTED
     nth = -1
+    gradients = 1
+    """How many gradients one local step takes."""
     samples = 0
     """Training examples it works through."""
     work: Work | None = None
@@ -176,6 +178,6 @@ def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
 def _spans(tasks: Sequence[LiveTask], system: System) -> Sequence[Spans]:
     if len(tasks) == 1:
         task = tasks[0]
-        return [system.spans_of_one(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes)]
-    columns = [(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes) for task in tasks]
+        return [system.spans_of_one(task.client, task.nth, task.steps * task.gradients, task.down_bytes, task.up_bytes)]
+    columns = [(task.client, task.nth, task.steps * task.gradients, task.down_bytes, task.up_bytes) for task in tasks]
     return system.spans(*np.array(columns, dtype=np.int64).T)
