@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         optional_whole,
         whole,
     )
+    from fedsim.compass import Compass
     from fedsim.federation import SERVER, Federation, Reply, Task, Timer
     from fedsim.kernel import whole_periods
     from fedsim.local import SAM, Context, LocalSGD, TensorSpec
@@ -50,6 +51,7 @@ _HOME = {
     "fedsim.recording": "Run",
     "fedsim.checks": "ConfigError FedsimError SimulationError flag number one_of optional_number "
     "optional_seconds optional_whole whole",
+    "fedsim.compass": "Compass",
     "fedsim.federation": "SERVER Federation Reply Task Timer",
     "fedsim.kernel": "whole_periods",
     "fedsim.local": "SAM Context LocalSGD TensorSpec",
@@ -75,6 +77,7 @@ __all__ = [
     "Asynchronous",
     "CheckpointSchedule",
     "Classification",
+    "Compass",
     "ConfigError",
     "Context",
     "Federation",

@@ -30,6 +30,7 @@ KEPT = 2
 OURS = {
     "fedsim.aggregate": "StalenessWeight",
     "fedsim.checks": "TaskError",
+    "fedsim.compass": "Compass Group",
     "fedsim.federation": "Reply Task Timer",
     "fedsim.local": "SAM LocalSGD TensorSpec",
     "fedsim.rng": "Randomness",

@@ -1,4 +1,8 @@
-"""The server's half of a step: what the model moves by when the clients' results say ``step``."""
+"""What a server makes of the step that the clients' results ask for.
+
+A strategy whose server adds a step to the model publishes ``fed.model + self.server(step)`` and takes ``server`` in its
+constructor; what is chosen as ``server=...`` is then handed to it.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ Departures  none known, there is no public code. The arrival bias stays however 
 
 from __future__ import annotations
 
-from fedsim import Anarchic, Federation, LocalSGD, Reply, mean, number, optional_whole
+from fedsim import Anarchic, Federation, LocalSGD, PlainStep, Reply, mean, number, optional_whole
 
 
 class AfaCd(Anarchic):
@@ -29,8 +29,9 @@ class AfaCd(Anarchic):
         buffer_size: int | None = None,
         most_steps: int = 20,
         pause: float = 0.0,
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local, most_steps, pause)
+        super().__init__(local, most_steps, pause, server)
         self.server_lr = number("server_lr", server_lr, above=0)
         self.buffer_size = optional_whole("buffer_size", buffer_size, least=1)
         self.arrived: list[Reply] = []
@@ -40,5 +41,5 @@ class AfaCd(Anarchic):
         self.arrived.append(reply)
         if len(self.arrived) >= (self.buffer_size or fed.cohort):
             gradient = mean([each["gradient"] for each in self.arrived])
-            fed.publish(fed.model - self.server_lr * gradient, used=self.arrived)
+            fed.publish(fed.model + self.server(-self.server_lr * gradient), used=self.arrived)
             self.arrived = []

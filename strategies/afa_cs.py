@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedsim import Anarchic, Federation, LocalSGD, Reply, number, optional_whole
+from fedsim import Anarchic, Federation, LocalSGD, PlainStep, Reply, number, optional_whole
 
 
 class AfaCs(Anarchic):
@@ -34,8 +34,9 @@ class AfaCs(Anarchic):
         buffer_size: int | None = None,
         most_steps: int = 20,
         pause: float = 0.0,
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local, most_steps, pause)
+        super().__init__(local, most_steps, pause, server)
         self.server_lr = number("server_lr", server_lr, above=0)
         self.buffer_size = optional_whole("buffer_size", buffer_size, least=1)
         self.G: dict[int, Tensor] = {}
@@ -56,5 +57,5 @@ class AfaCs(Anarchic):
         self.arrived.append(reply)
         if len(self.arrived) >= (self.buffer_size or fed.cohort):
             gradient = (self.sum / self.N).to(new.dtype)
-            fed.publish(fed.model - self.server_lr * gradient, used=self.arrived)
+            fed.publish(fed.model + self.server(-self.server_lr * gradient), used=self.arrived)
             self.arrived = []

@@ -331,7 +331,7 @@ WRONG = {
     "strategy=null": "strategy=null: must be the name of one choice, allowed: async_fedavg, dfedavg, ",
     "data=digits compute=null": "compute=null: must be the name of one choice, allowed: constant, exponential, ",
     "data=digits availability=[a,b]": "availability=[a,b]: must be the name of one choice, allowed: always, ",
-    "local=3": "local=3: must be the name of one choice, allowed: sgd",
+    "local=3": "local=3: must be the name of one choice, allowed: prox, sam, sgd",
     "seed=0,1": "seed=0,1: several values are a sweep, add -m",
     "--cfg job foo=1": "foo=1: unknown key",
     "--cfg": "--cfg: must be followed by job",

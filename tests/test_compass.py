@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import fedsim
-from fedsim.strategies.fedcompass import Compass
+from fedsim.compass import Compass
 
 SPEEDS = (0.1, 0.2, 0.25, 0.4, 0.5)
 """Seconds per step of clients 0 to 4: the five of the paper's figure 1."""
