@@ -328,7 +328,7 @@ WRONG = {
     "local.steps=1e30": "local.steps=1e+30: must be",
     "problem=none problem.parameters=1e30": "problem.parameters=1e+30: must be",
     "local.sends=model": "local.sends=model: unknown key",
-    "strategy=null": "strategy=null: must be the name of one choice, allowed: async_fedavg, dfedavg, ",
+    "strategy=null": "strategy=null: must be the name of one choice, allowed: afa_cd, afa_cs, async_fedavg, ",
     "data=digits compute=null": "compute=null: must be the name of one choice, allowed: constant, exponential, ",
     "data=digits availability=[a,b]": "availability=[a,b]: must be the name of one choice, allowed: always, ",
     "local=3": "local=3: must be the name of one choice, allowed: prox, sam, sgd",
