@@ -26,9 +26,10 @@ if TYPE_CHECKING:
         optional_whole,
         whole,
     )
+    from fedsim.compass import Compass
     from fedsim.federation import SERVER, Federation, Reply, Task, Timer
     from fedsim.kernel import whole_periods
-    from fedsim.local import Context, ControlVariateSGD, LocalSGD, TensorSpec
+    from fedsim.local import SAM, Context, ControlVariateSGD, LocalSGD, TensorSpec
     from fedsim.problems.base import Problem, objective_weights
     from fedsim.problems.classification import Classification
     from fedsim.problems.least_squares import LeastSquares
@@ -36,8 +37,9 @@ if TYPE_CHECKING:
     from fedsim.problems.quadratic import Quadratic
     from fedsim.problems.schedule_only import ScheduleOnly
     from fedsim.recording import Run
+    from fedsim.server import Momentum, PlainStep
     from fedsim.simulation.stop import Stop
-    from fedsim.strategy import Asynchronous, Peers, Round, Strategy, Synchronous, idle_with_data
+    from fedsim.strategy import Anarchic, Asynchronous, Peers, Round, Strategy, Synchronous, idle_with_data
     from fedsim.system import System
     from fedsim.topology import Topology
     from fedsim.vectors import Layout, mean, weighted_sum
@@ -49,17 +51,19 @@ _HOME = {
     "fedsim.recording": "Run",
     "fedsim.checks": "ConfigError FedsimError SimulationError flag number one_of optional_number "
     "optional_seconds optional_whole whole",
+    "fedsim.compass": "Compass",
     "fedsim.federation": "SERVER Federation Reply Task Timer",
     "fedsim.kernel": "whole_periods",
-    "fedsim.local": "Context ControlVariateSGD LocalSGD TensorSpec",
+    "fedsim.local": "SAM Context ControlVariateSGD LocalSGD TensorSpec",
     "fedsim.problems.base": "Problem objective_weights",
     "fedsim.problems.classification": "Classification",
     "fedsim.problems.least_squares": "LeastSquares",
     "fedsim.problems.logistic": "LogisticRegression",
     "fedsim.problems.quadratic": "Quadratic",
     "fedsim.problems.schedule_only": "ScheduleOnly",
+    "fedsim.server": "Momentum PlainStep",
     "fedsim.simulation.stop": "Stop",
-    "fedsim.strategy": "Asynchronous Peers Round Strategy Synchronous idle_with_data",
+    "fedsim.strategy": "Anarchic Asynchronous Peers Round Strategy Synchronous idle_with_data",
     "fedsim.system": "System",
     "fedsim.topology": "Topology",
     "fedsim.vectors": "Layout mean weighted_sum",
@@ -67,10 +71,13 @@ _HOME = {
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
 
 __all__ = [
+    "SAM",
     "SERVER",
+    "Anarchic",
     "Asynchronous",
     "CheckpointSchedule",
     "Classification",
+    "Compass",
     "ConfigError",
     "Context",
     "ControlVariateSGD",
@@ -80,7 +87,9 @@ __all__ = [
     "LeastSquares",
     "LocalSGD",
     "LogisticRegression",
+    "Momentum",
     "Peers",
+    "PlainStep",
     "Problem",
     "Quadratic",
     "Reply",

@@ -49,7 +49,8 @@ def mean_direction(replies: Sequence[Reply], rate: float) -> Tensor:
 def expected_seconds(fed: Federation, job: LocalSGD) -> NDArray[np.float64]:
     """``tau [clients]``: how long a task of ``job`` is expected to keep each client busy, at least one nanosecond."""
     ids = np.arange(fed.clients)
-    return np.maximum(fed.profile(ids, job.local_steps(ids, fed.samples)), 1e-9)
+    gradients = job.local_steps(ids, fed.samples) * job.gradients_per_step
+    return np.maximum(fed.profile(ids, gradients), 1e-9)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from fedsim.problems.base import Problem
 from fedsim.record import check_free
 from fedsim.recording import Run
 from fedsim.rng import Randomness
+from fedsim.server import PlainStep
 from fedsim.simulation import Stop
 from fedsim.strategy import Strategy
 from fedsim.system import System
@@ -63,12 +64,18 @@ class Assembly:
         self.client_eval_every = whole("client_eval_every", config["client_eval_every"])
         self.stop = Stop(config["rounds"], config["time_limit"], config["updates"], config["bytes"], config["target"])
         self.overwrite = flag("overwrite", config["overwrite"])
-        parts = {name: build(config[name], name) for name in ("data", "partition", "model", "local", "topology")}
+        parts = {
+            name: build(config[name], name) for name in ("data", "partition", "model", "local", "server", "topology")
+        }
         self.problem: Problem = build(
             config["problem"], "problem", data=parts["data"], partition=parts["partition"], model=parts["model"]
         )
         self.strategy: Strategy = build(
-            config["strategy"], "strategy", local=parts["local"], topology=parts["topology"]
+            config["strategy"],
+            "strategy",
+            local=parts["local"],
+            server=parts["server"],
+            topology=parts["topology"],
         )
         system = {name: build(config[name], name) for name in ("compute", "network", "availability", "faults")}
         self.system = System(**system)
@@ -79,6 +86,9 @@ class Assembly:
             raise ConfigError(f"problem={self.choices.get('problem')}: {type(self.problem).__name__} is no Problem")
         if not isinstance(self.strategy, Strategy):
             raise ConfigError(f"strategy={self.choices.get('strategy')}: {type(self.strategy).__name__} is no Strategy")
+        if type(parts["server"]) is not PlainStep and self.strategy.server is not parts["server"]:
+            name, why = type(self.strategy).__name__, self.strategy.steps_by
+            raise ConfigError(f"server={self.choices.get('server')}: {name} {why}; leave it plain")
         self.strategy.check(self.clients)
         if self.stop.target is not None:
             check_target(self.problem, self.stop.target, self.eval_every)

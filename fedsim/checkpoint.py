@@ -30,9 +30,11 @@ KEPT = 2
 OURS = {
     "fedsim.aggregate": "StalenessWeight",
     "fedsim.checks": "TaskError",
+    "fedsim.compass": "Compass Group",
     "fedsim.federation": "Reply Task Timer",
-    "fedsim.local": "LocalSGD TensorSpec",
+    "fedsim.local": "SAM LocalSGD TensorSpec",
     "fedsim.rng": "Randomness",
+    "fedsim.server": "Momentum PlainStep",
     "fedsim.simulation.links": "Gossip Letter",
     "fedsim.simulation.tasks": "LiveTask Order Status",
     "fedsim.strategy": "Round",

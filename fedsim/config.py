@@ -30,8 +30,8 @@ CONFIG_MODULE = "fedsim.conf"
 CONFIG_NAME = "config"
 
 PARTS = (
-    "problem", "data", "partition", "model", "local", "strategy", "topology", "compute", "network", "availability",
-    "faults",
+    "problem", "data", "partition", "model", "local", "strategy", "server", "topology", "compute", "network",
+    "availability", "faults",
 )  # fmt: skip
 """Groups whose choices become objects."""
 

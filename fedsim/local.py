@@ -141,8 +141,11 @@ class LocalSGD:
     lr_decay: float = 1.0
     keep: bool = False
     sends: str = field(default="delta", init=False)
-    """What travels up: ``"delta"`` is ``x - start``, ``"model"`` is ``x``. For strategies to set, by
-    :meth:`replace`: they know which of the two they use."""
+    """What travels up: ``"delta"`` is ``x - start``, ``"model"`` is ``x``, ``"gradient"`` is the mean of what the steps
+    followed, ``(start - x) / (lr * steps)``. For strategies to set, by :meth:`replace`: they know which they use."""
+
+    gradient: LocalSGD | None = field(default=None, init=False)
+    """The rule whose direction stands for the plain gradient, if not None. Set by :meth:`around`."""
 
     measured: ClassVar[bool] = False
     """True for rules whose amount of work depends on its outcome: they are trained alone, at take-effect."""
@@ -166,7 +169,15 @@ class LocalSGD:
         self.prox = number("prox", self.prox, least=0)
         self.lr_decay = number("lr_decay", self.lr_decay, above=0, most=1)
         self.keep = flag("keep", self.keep)
-        self.sends = one_of("sends", self.sends, ("delta", "model"))
+        self.sends = one_of("sends", self.sends, ("delta", "model", "gradient"))
+        if self.sends == "gradient":
+            if not self.lr:
+                raise ConfigError("local.lr=0.0: clients that send their mean gradient need a rate > 0")
+            if self.momentum:
+                raise ConfigError(
+                    f"local.momentum={self.momentum}: a step along a velocity is no gradient, and mean gradients are "
+                    "what travels up here; leave it 0"
+                )
 
     # ---- known before training -------------------------------------------------------------------
 
@@ -215,11 +226,16 @@ class LocalSGD:
         """A client's state before its first accepted result; made only when it is needed."""
         return {}
 
+    @property
+    def gradients_per_step(self) -> int:
+        """Gradients that one local step takes: so many times a step's time is what it costs."""
+        return 1 if self.gradient is None else self.gradient.gradients_per_step
+
     # ---- the work itself -------------------------------------------------------------------------
 
     def run(self, ctx: Context) -> dict[str, Tensor]:
         """Train the stack and return what travels up, each tensor ``[n, ...]``."""
-        x = ctx.point()
+        x = self.origin(ctx)
         self.begin(ctx)
         if self._is_plain():
             for batch in ctx.batches():
@@ -232,7 +248,7 @@ class LocalSGD:
 
     def _is_plain(self) -> bool:
         """Whether a step is nothing but ``x - lr * gradient``."""
-        own = type(self).direction is not LocalSGD.direction
+        own = type(self).direction is not LocalSGD.direction or self.gradient is not None
         return not (own or self.clip is not None or self.weight_decay or self.prox or self.momentum)
 
     def _along_direction(self, ctx: Context, x: Tensor) -> Tensor:
@@ -255,16 +271,51 @@ class LocalSGD:
             x = ctx.follow(x, step)
         return x
 
+    def origin(self, ctx: Context) -> Tensor:
+        """The point ``[n, d]`` that the first step is taken from: what ``ctx.point()`` gives, which may be written to.
+
+        It need not be ``ctx.start``: a rule may go on from a model that the client has kept.
+        """
+        return ctx.point()
+
     def begin(self, ctx: Context) -> None:
         """Before the first step."""
 
     def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
         """The gradient ``[n, d]`` that one step follows downhill."""
-        return ctx.grad(x, batch)
+        return ctx.grad(x, batch) if self.gradient is None else self.gradient.direction(ctx, x, batch)
 
     def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
         """After the last step: what travels up."""
-        return {"model": x} if self.sends == "model" else {"delta": ctx.change(x)}
+        if self.sends == "model":
+            return {"model": x}
+        if self.sends == "delta":
+            return {"delta": ctx.change(x)}
+        steps = torch.from_numpy(ctx.steps).to(ctx.lr).clamp_min(1).unsqueeze(1)  # none where there are no examples
+        return {"gradient": ctx.change(x) / (-ctx.lr * steps)}
+
+    @classmethod
+    def around(cls: type[Rule], local: LocalSGD | None, **settings: Any) -> Rule:
+        """A rule of this class for strategies that bring their own: with the settings of ``local``, and its direction
+        where this class asks for the gradient.
+
+        Args:
+            local: what the user chose; None is plain SGD.
+            settings: of this class, and such of ``local`` as are to differ.
+
+        Raises:
+            ConfigError: if ``local`` does more its own way than the direction of a step.
+        """
+        rule = local if local is not None else LocalSGD()
+        for name in ("run", "origin", "begin", "finish", "initial_state", "payload_spec", "local_steps", "rate"):
+            if getattr(type(rule), name) is not getattr(LocalSGD, name):
+                target = f"{type(rule).__module__}.{type(rule).__qualname__}"
+                raise ConfigError(f"local._target_={target}: it has its own {name}, as this strategy; take local=sgd")
+        shared = {each.name: getattr(rule, each.name) for each in fields(LocalSGD) if each.init}
+        made = cls(**{**shared, **settings})
+        plain = type(rule).direction is LocalSGD.direction
+        made.sends, made.gradient = rule.sends, rule.gradient if plain else rule
+        return made
 
     def replace(self: Rule, **changes: Any) -> Rule:
         """A copy with other settings, checked anew.
@@ -290,26 +341,14 @@ class LocalSGD:
             if getattr(self, name):
                 raise ConfigError(f"local.{name}={getattr(self, name)}: must be 0, this method has no place for it")
 
-    def as_rule(self, kind: type[Rule], **settings: Any) -> Rule:
-        """A rule of another class with these settings, and with ``settings`` of its own.
-
-        Raises:
-            ConfigError: if this rule is not a plain one, for what it does its own way would be lost, or for a wrong
-                value.
-        """
-        if type(self) is not LocalSGD:
-            raise ConfigError(f"local={type(self).__name__}: must be LocalSGD, this method has local steps of its own")
-        shared = {each.name: getattr(self, each.name) for each in fields(LocalSGD) if each.init}
-        return kind(**shared, **settings)
-
 
 @dataclass
 class ControlVariateSGD(LocalSGD):
     """Local steps of clients that keep a control variate ``c_i``, their mean gradient in the last task accepted.
 
-    Subclasses take their gradients by :meth:`gradient`, so that ``c_i^+ = (1 / K) sum_k g_i(x_k)`` over the K steps of
-    the task. Plain steps along ``g_i - c_i + c`` make that ``c_i - c + (x_0 - x_K) / (K lr)``, SCAFFOLD's option II
-    (arXiv 1910.06378); with momentum, weight decay or clipping in the steps only the mean gradient is right.
+    Subclasses take their gradients by :meth:`counted_gradient`, so that ``c_i^+ = (1 / K) sum_k g_i(x_k)`` over the K
+    steps of the task. Plain steps along ``g_i - c_i + c`` make that ``c_i - c + (x_0 - x_K) / (K lr)``, SCAFFOLD's
+    option II (arXiv 1910.06378); with momentum, weight decay or clipping in the steps only the mean gradient is right.
 
     State ``control`` ``[d]`` is ``c_i``, 0 at first. ``control_change`` ``[d]``, which is ``c_i^+ - c_i``, travels up
     beside the update. A task without a step gives ``c_i^+ = 0``, for its client has no data.
@@ -327,9 +366,9 @@ class ControlVariateSGD(LocalSGD):
         """The sum of gradients is empty."""
         self.gradients = torch.zeros_like(ctx.start)
 
-    def gradient(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
+    def counted_gradient(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
         """The gradient ``[n, d]`` at ``x [n, d]`` over the batch of a step, counted towards ``c_i^+``."""
-        gradient = ctx.grad(x, batch)
+        gradient = LocalSGD.direction(self, ctx, x, batch)
         self.gradients += gradient  # those who have finished add 0
         return gradient
 
@@ -343,6 +382,63 @@ class ControlVariateSGD(LocalSGD):
         change = new - ctx.state["control"]
         ctx.state["control"] = new
         return {**super().finish(ctx, x), "control_change": change}
+
+
+@dataclass
+class SAM(LocalSGD):
+    """Sharpness-aware minimisation: the gradient is taken where the loss is about highest nearby.
+
+    The ``g`` of one step of :class:`LocalSGD` is the gradient at the end of an ascent step, over the same batch::
+
+        s = rho * grad(x) / ||grad(x)||                (one norm over all parameters)
+        g = grad(x + s)
+
+    and the step is taken from ``x``. A step costs two gradients, in virtual time too; with ``rho = 0`` it is the plain
+    step and costs one.
+
+    Source: Foret et al. 2021 (arXiv 2010.01412), whose ``rho`` is the default; FedSAM (arXiv 2206.02618) is FedAvg
+    with it.
+
+    Args:
+        rho: length of the ascent step.
+    """
+
+    rho: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.rho = number("rho", self.rho, least=0)
+
+    @classmethod
+    def of(cls, local: LocalSGD | None, rho: float) -> SAM:
+        """``local`` with ascent steps of length ``rho``, for strategies whose clients take them.
+
+        Raises:
+            ConfigError: if ``local`` is a rule of another kind, or makes ascent steps of another length.
+        """
+        rho = number("rho", rho, least=0)
+        if not isinstance(local, cls):
+            rule = cls.around(local, rho=rho)
+            if rule.gradient is not None:
+                target = f"{type(local).__module__}.{type(local).__qualname__}"
+                raise ConfigError(f"local._target_={target}: this strategy takes ascent steps; take local=sgd")
+            return rule
+        if local.rho != rho:
+            raise ConfigError(f"rho={rho}: local.rho={local.rho} sets the same; take local=sgd and strategy.rho alone")
+        return local
+
+    @property
+    def gradients_per_step(self) -> int:
+        """Two: one to find the way up, one at the end of it."""
+        return 2 if self.rho else 1
+
+    def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
+        """The gradient ``[n, d]`` at the end of the ascent step."""
+        slope = ctx.grad(x, batch)
+        if not self.rho:
+            return slope
+        norm = slope.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(slope.dtype).tiny)
+        return ctx.grad(x + self.rho * (slope / norm), batch)
 
 
 def _is_list(setting: Any) -> TypeGuard[Sequence[Any]]:

@@ -325,7 +325,7 @@ def _checkpoints(directory: RunDirectory, sim: Simulation) -> CheckpointFolder:
         "system": sim.system,
         "pool": sim.pool,
     }
-    classes_of = [sim.strategy, *sim.strategy.jobs.values(), sim.system.availability]
+    classes_of = [sim.strategy, sim.strategy.server, *sim.strategy.jobs.values(), sim.system.availability]
     return CheckpointFolder(directory.path / "checkpoint", shared, classes_of)
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.checks import number, one_of, optional_seconds, optional_whole
+from fedsim.checks import number, one_of, optional_seconds, optional_whole, seconds, whole
 from fedsim.federation import Federation, Reply, Task, Timer
-from fedsim.local import LocalSGD
+from fedsim.local import MOST, LocalSGD
+from fedsim.server import PlainStep
 from fedsim.topology import Ring, Topology
 
 Ids = NDArray[np.int64]
@@ -33,15 +34,19 @@ class Strategy:
 
     Args:
         local: the client's half of the job ``"train"``.
+        server: what the server makes of a step; for strategies that publish ``fed.model + self.server(step)``.
     """
 
     jobs: dict[str, LocalSGD]
     """What clients can be asked to do, by name."""
     everybody: ClassVar[bool] = False
     """Whether all clients make a round, whatever ``cohort`` says, and each model published ends one: peers do."""
+    steps_by: ClassVar[str] = "makes server steps of its own"
+    """Why a strategy that takes no ``server`` does not."""
 
-    def __init__(self, local: LocalSGD | None = None) -> None:
+    def __init__(self, local: LocalSGD | None = None, server: PlainStep | None = None) -> None:
         self.jobs = {"train": local if local is not None else LocalSGD()}
+        self.server = server if server is not None else PlainStep()
 
     def check(self, clients: int) -> None:
         """Refuse settings that do not fit a population of ``clients``, before anything is written.
@@ -199,7 +204,7 @@ class Round:
 class Synchronous(Strategy, ABC):
     """A server that works in rounds: subclasses say how the results of one round become the next model.
 
-    Takes the settings of :class:`Round`.
+    Takes the settings of :class:`Round`, and ``server`` as :class:`Strategy` does.
     """
 
     rate: float
@@ -212,8 +217,9 @@ class Synchronous(Strategy, ABC):
         deadline: float | None = None,
         selection: str = "fixed",
         stragglers: str = "cancel",
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local)
+        super().__init__(local, server)
         self.round = Round(over_selection, deadline, selection, stragglers)
 
     @abstractmethod
@@ -252,10 +258,13 @@ class Asynchronous(Strategy):
     Args:
         local: the client's half.
         concurrency: tasks in flight; None is the run's cohort.
+        server: what the server makes of a step.
     """
 
-    def __init__(self, local: LocalSGD | None = None, concurrency: int | None = None) -> None:
-        super().__init__(local)
+    def __init__(
+        self, local: LocalSGD | None = None, concurrency: int | None = None, server: PlainStep | None = None
+    ) -> None:
+        super().__init__(local, server)
         self.concurrency = optional_whole("concurrency", concurrency, least=1)
 
     def settle(self, fed: Federation) -> None:
@@ -271,6 +280,68 @@ def idle_with_data(fed: Federation) -> Ids:
     """Clients that are online, idle and have examples: whom a server asks that keeps everybody at work."""
     idle = fed.idle()
     return idle[fed.samples[idle] > 0]
+
+
+class Anarchic(Strategy):
+    """Clients that take part when they like, with as many local steps as they like (arXiv 2108.09875).
+
+    A client that is online pauses for a while, takes the model there is then, runs its steps, and begins again.
+
+    Args:
+        local: the client's half; its results are made to be mean gradients, ``reply["gradient"] [d]``.
+        most_steps: a task runs 1 to so many local steps, all equally likely, drawn by the client; only if
+            ``local.steps`` is None, for that says how many.
+        pause: mean seconds of the exponential pause before a task; 0 makes none.
+        server: what the server makes of a step.
+    """
+
+    def __init__(
+        self,
+        local: LocalSGD | None = None,
+        most_steps: int = 20,
+        pause: float = 0.0,
+        server: PlainStep | None = None,
+    ) -> None:
+        super().__init__((local if local is not None else LocalSGD()).replace(sends="gradient"), server)
+        self.most_steps = whole("most_steps", most_steps, least=1, most=MOST)
+        self.pause = seconds("pause", pause, least=0)
+        self.turns: NDArray[np.int64]
+        """How often each client has begun to take part, ``[clients]``."""
+        self.pausing: NDArray[np.bool_]
+
+    def start(self, fed: Federation) -> None:
+        """Nobody has begun."""
+        self.turns = np.zeros(fed.clients, dtype=np.int64)
+        self.pausing = np.zeros(fed.clients, dtype=np.bool_)
+
+    def settle(self, fed: Federation) -> None:
+        """Whoever is idle begins its next turn, with a pause if there are to be any."""
+        idle = idle_with_data(fed)
+        idle = idle[~self.pausing[idle]]
+        if not len(idle):
+            return
+        self.turns[idle] += 1
+        if not self.pause:
+            self._work(fed, idle)
+            return
+        self.pausing[idle] = True
+        waits = self.pause * fed.rng("pause", idle, self.turns[idle]).exponential()
+        for client, wait in zip(idle.tolist(), waits.tolist(), strict=True):
+            fed.timer(fed.now + wait, ("pause", client))
+
+    def on_timer(self, fed: Federation, timer: Timer) -> None:
+        """A pause is over; a client that has left meanwhile begins anew when it is back."""
+        client = timer.tag[1]
+        self.pausing[client] = False
+        if fed.online[client]:
+            self._work(fed, np.array([client]))
+
+    def _work(self, fed: Federation, clients: Ids) -> None:
+        steps = None
+        if self.jobs["train"].steps is None:
+            share = fed.rng("local steps", clients, self.turns[clients]).uniform()
+            steps = np.ceil(self.most_steps * share).astype(np.int64)
+        fed.dispatch(clients, steps=steps)
 
 
 class Peers(Strategy):
@@ -291,6 +362,7 @@ class Peers(Strategy):
     """
 
     everybody = True
+    steps_by = "has no server"
 
     def __init__(self, local: LocalSGD | None = None, topology: Topology | None = None) -> None:
         super().__init__((local if local is not None else LocalSGD()).replace(sends="model"))

@@ -18,6 +18,7 @@ from __future__ import annotations
 from fedsim import (
     Federation,
     LocalSGD,
+    PlainStep,
     Reply,
     Strategy,
     expected_seconds,
@@ -31,8 +32,14 @@ from fedsim import (
 class AsyncFedAvg(Strategy):
     """Every client is always at work; nobody waits for anybody."""
 
-    def __init__(self, local: LocalSGD | None = None, weighting: str = "samples", server_lr: float = 1.0) -> None:
-        super().__init__(local)
+    def __init__(
+        self,
+        local: LocalSGD | None = None,
+        weighting: str = "samples",
+        server_lr: float = 1.0,
+        server: PlainStep | None = None,
+    ) -> None:
+        super().__init__(local, server)
         self.weighting = one_of("weighting", weighting, ("samples", "uniform"))
         self.server_lr = number("server_lr", server_lr, above=0)
 
@@ -44,7 +51,8 @@ class AsyncFedAvg(Strategy):
 
     def on_reply(self, fed: Federation, reply: Reply) -> None:
         """x <- x + eta_g d_i Delta_i."""
-        fed.publish(fed.model + self.server_lr * self.d[reply.client] * reply["delta"], used=[reply])
+        step = self.server_lr * self.d[reply.client] * reply["delta"]
+        fed.publish(fed.model + self.server(step), used=[reply])
 
     def settle(self, fed: Federation) -> None:
         """Whoever is idle gets the newest model."""

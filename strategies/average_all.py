@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fedsim import Federation, LocalSGD, Reply, Synchronous, number, weighted_sum
+from fedsim import Federation, LocalSGD, PlainStep, Reply, Synchronous, number, weighted_sum
 
 
 class AverageAll(Synchronous):
@@ -29,11 +29,12 @@ class AverageAll(Synchronous):
         deadline: float | None = None,
         selection: str = "online",
         stragglers: str = "cancel",
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local, deadline=deadline, selection=selection, stragglers=stragglers)
+        super().__init__(local, deadline=deadline, selection=selection, stragglers=stragglers, server=server)
         self.server_lr = number("server_lr", server_lr, above=0)
 
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
         """x^t + eta_g / N sum_n Delta_n."""
         step = weighted_sum([reply["delta"] for reply in replies], [1 / fed.clients] * len(replies))
-        return fed.model + self.server_lr * step
+        return fed.model + self.server(self.server_lr * step)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fedsim import Federation, LocalSGD, Reply, Synchronous, mean_update, number
+from fedsim import Federation, LocalSGD, PlainStep, Reply, Synchronous, mean_update, number
 
 
 class AverageParticipating(Synchronous):
@@ -28,10 +28,11 @@ class AverageParticipating(Synchronous):
         deadline: float | None = None,
         selection: str = "online",
         stragglers: str = "cancel",
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local, deadline=deadline, selection=selection, stragglers=stragglers)
+        super().__init__(local, deadline=deadline, selection=selection, stragglers=stragglers, server=server)
         self.server_lr = number("server_lr", server_lr, above=0)
 
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
         """x^t + eta_g / |S| sum_{n in S} Delta_n."""
-        return fed.model + self.server_lr * mean_update(replies, "uniform")
+        return fed.model + self.server(self.server_lr * mean_update(replies, "uniform"))

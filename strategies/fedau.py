@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fedsim import Federation, LocalSGD, Reply, Synchronous, number, optional_whole, weighted_sum
+from fedsim import Federation, LocalSGD, PlainStep, Reply, Synchronous, number, optional_whole, weighted_sum
 
 
 class IntervalWeights:
@@ -66,8 +66,9 @@ class FedAU(Synchronous):
         deadline: float | None = None,
         selection: str = "online",
         stragglers: str = "cancel",
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local, deadline=deadline, selection=selection, stragglers=stragglers)
+        super().__init__(local, deadline=deadline, selection=selection, stragglers=stragglers, server=server)
         self.cutoff = optional_whole("cutoff", cutoff, least=1)
         self.server_lr = number("server_lr", server_lr, above=0)
 
@@ -79,4 +80,4 @@ class FedAU(Synchronous):
         """x^t + eta_g / N sum_n omega_n^t Delta_n."""
         omega = [self.weights.take_part(reply.client, self.round.number - 1) for reply in replies]
         step = weighted_sum([reply["delta"] for reply in replies], [each / fed.clients for each in omega])
-        return fed.model + self.server_lr * step
+        return fed.model + self.server(self.server_lr * step)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fedsim import Federation, LocalSGD, Reply, Synchronous, mean_update, number, one_of
+from fedsim import Federation, LocalSGD, PlainStep, Reply, Synchronous, mean_update, number, one_of
 
 
 class FedAvg(Synchronous):
@@ -32,11 +32,12 @@ class FedAvg(Synchronous):
         deadline: float | None = None,
         selection: str = "fixed",
         stragglers: str = "cancel",
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local, over_selection, deadline, selection, stragglers)
+        super().__init__(local, over_selection, deadline, selection, stragglers, server)
         self.weighting = one_of("weighting", weighting, ("samples", "uniform"))
         self.server_lr = number("server_lr", server_lr, above=0)
 
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
         """x^t + eta_g * sum_i w_i Delta_i."""
-        return fed.model + self.server_lr * mean_update(replies, self.weighting)
+        return fed.model + self.server(self.server_lr * mean_update(replies, self.weighting))

@@ -41,7 +41,7 @@ class MomentumSteps(LocalSGD):
 
     def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
         """beta g_i(x) + (1 - beta) g^t."""
-        return self.beta * ctx.grad(x, batch) + (1 - self.beta) * ctx.message["momentum"]
+        return self.beta * super().direction(ctx, x, batch) + (1 - self.beta) * ctx.message["momentum"]
 
 
 class FedAvgMomentum(Synchronous):
@@ -57,7 +57,7 @@ class FedAvgMomentum(Synchronous):
         selection: str = "fixed",
         stragglers: str = "cancel",
     ) -> None:
-        rule = (local if local is not None else LocalSGD()).as_rule(MomentumSteps, beta=beta)
+        rule = MomentumSteps.around(local, beta=beta)
         super().__init__(rule, over_selection, deadline, selection, stragglers)
         self.server_lr = number("server_lr", server_lr, above=0)
 

@@ -21,6 +21,7 @@ from fedsim import (
     ConfigError,
     Federation,
     LocalSGD,
+    PlainStep,
     Reply,
     StalenessWeight,
     expected_seconds,
@@ -47,8 +48,9 @@ class FedBuff(Asynchronous):
         staleness_b: float = 4.0,
         max_staleness: int | None = None,
         concurrency: int | None = None,
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local, concurrency)
+        super().__init__(local, concurrency, server)
         self.buffer_size = optional_whole("buffer_size", buffer_size, least=1)
         self.weighting = one_of("weighting", weighting, ("equal", "samples", "uniform"))
         self.server_lr = number("server_lr", server_lr, above=0)
@@ -78,7 +80,7 @@ class FedBuff(Asynchronous):
                 self.d[each.client] * self.staleness_weight(fed.staleness(each)) / self.size for each in self.buffer
             ]
             step = weighted_sum([each["delta"] for each in self.buffer], weights)
-            fed.publish(fed.model + self.server_lr * step, used=self.buffer)
+            fed.publish(fed.model + self.server(self.server_lr * step), used=self.buffer)
             self.buffer = []
 
     def settle(self, fed: Federation) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from fedsim import (
     Federation,
     LocalSGD,
+    PlainStep,
     Reply,
     Strategy,
     Task,
@@ -42,8 +43,9 @@ class FedFix(Strategy):
         period: float | None = None,
         weighting: str = "samples",
         server_lr: float = 1.0,
+        server: PlainStep | None = None,
     ) -> None:
-        super().__init__(local)
+        super().__init__(local, server)
         self.period = optional_seconds("period", period, least=1e-9)
         self.weighting = one_of("weighting", weighting, ("samples", "uniform"))
         self.server_lr = number("server_lr", server_lr, above=0)
@@ -77,7 +79,7 @@ class FedFix(Strategy):
             step = weighted_sum(
                 [each["delta"] for each in self.arrived], [self.d[each.client] for each in self.arrived]
             )
-            fed.publish(fed.model + self.server_lr * step, used=self.arrived)
+            fed.publish(fed.model + self.server(self.server_lr * step), used=self.arrived)
             self.arrived = []
         fed.dispatch(idle_with_data(fed))
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim import ConfigError, Federation, LocalSGD, Reply, Synchronous, mean_update, number, one_of
+from fedsim import ConfigError, Federation, LocalSGD, PlainStep, Reply, Synchronous, mean_update, number, one_of
 
 
 class FedProx(Synchronous):
@@ -36,12 +36,13 @@ class FedProx(Synchronous):
         deadline: float | None = None,
         selection: str = "fixed",
         stragglers: str = "cancel",
+        server: PlainStep | None = None,
     ) -> None:
         local = local if local is not None else LocalSGD()
         if local.prox not in (0.0, mu):
             raise ConfigError(f"mu={mu}: local.prox={local.prox} sets the same penalty; give strategy.mu alone")
         local = local.replace(prox=number("mu", mu, least=0))
-        super().__init__(local, over_selection, deadline, selection, stragglers)
+        super().__init__(local, over_selection, deadline, selection, stragglers, server)
         self.partial = number("partial", partial, least=0, most=1)
         self.weighting = one_of("weighting", weighting, ("samples", "uniform"))
         self.server_lr = number("server_lr", server_lr, above=0)
@@ -54,4 +55,4 @@ class FedProx(Synchronous):
 
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
         """x^t + eta_g * sum_i w_i (x_i - x^t)."""
-        return fed.model + self.server_lr * mean_update(replies, self.weighting)
+        return fed.model + self.server(self.server_lr * mean_update(replies, self.weighting))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from fedsim import ConfigError, Federation, LocalSGD, Reply, Synchronous, number, one_of, weighted_sum
+from fedsim import ConfigError, Federation, LocalSGD, PlainStep, Reply, Synchronous, number, one_of, weighted_sum
 
 
 class KnownProbability(Synchronous):
@@ -31,10 +31,11 @@ class KnownProbability(Synchronous):
         deadline: float | None = None,
         selection: str = "online",
         stragglers: str = "cancel",
+        server: PlainStep | None = None,
     ) -> None:
         # In cohorts of fixed size the probabilities depend on who else is there.
         selection = one_of("selection", selection, ("online", "binomial"))
-        super().__init__(local, deadline=deadline, selection=selection, stragglers=stragglers)
+        super().__init__(local, deadline=deadline, selection=selection, stragglers=stragglers, server=server)
         given = probability if isinstance(probability, list) else [] if probability is None else [probability]
         self.probability = [number("probability", each, above=0, most=1) for each in given]
         self.server_lr = number("server_lr", server_lr, above=0)
@@ -60,4 +61,4 @@ class KnownProbability(Synchronous):
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
         """x^t + eta_g / N sum_n Delta_n / p_n."""
         weights = [1 / (fed.clients * self.p[reply.client]) for reply in replies]
-        return fed.model + self.server_lr * weighted_sum([reply["delta"] for reply in replies], weights)
+        return fed.model + self.server(self.server_lr * weighted_sum([reply["delta"] for reply in replies], weights))

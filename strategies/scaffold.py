@@ -29,6 +29,7 @@ from fedsim import (
     ControlVariateSGD,
     Federation,
     LocalSGD,
+    PlainStep,
     Reply,
     Synchronous,
     Task,
@@ -61,7 +62,7 @@ class ScaffoldSteps(ControlVariateSGD):
 
     def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
         """g_i(y) - c_i + c."""
-        return self.gradient(ctx, x, batch) - ctx.state["control"] + ctx.message["control"]
+        return self.counted_gradient(ctx, x, batch) - ctx.state["control"] + ctx.message["control"]
 
     def new_control(self, ctx: Context) -> Tensor:
         """c_i^+ by the option chosen."""
@@ -80,9 +81,10 @@ class Scaffold(Synchronous):
         deadline: float | None = None,
         selection: str = "fixed",
         stragglers: str = "cancel",
+        server: PlainStep | None = None,
     ) -> None:
-        rule = (local if local is not None else LocalSGD()).as_rule(ScaffoldSteps, option=option)
-        super().__init__(rule, over_selection, deadline, selection, stragglers)
+        rule = ScaffoldSteps.around(local, option=option)
+        super().__init__(rule, over_selection, deadline, selection, stragglers, server=server)
         self.server_lr = number("server_lr", server_lr, above=0)
 
     def start(self, fed: Federation) -> None:
@@ -97,4 +99,4 @@ class Scaffold(Synchronous):
         """c <- c + 1 / N sum_i (c_i^+ - c_i);  x^t + eta_g mean_i Delta_i."""
         changes = [reply["control_change"] for reply in replies]
         self.control = self.control + weighted_sum(changes, [1 / fed.clients] * len(changes))
-        return fed.model + self.server_lr * mean_update(replies, "uniform")
+        return fed.model + self.server(self.server_lr * mean_update(replies, "uniform"))

@@ -54,7 +54,7 @@ class ScaffoldMomentumSteps(ControlVariateSGD):
 
     def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
         """beta (g_i(x) - c_i) + (beta c + (1 - beta) g^t)."""
-        return self.beta * (self.gradient(ctx, x, batch) - ctx.state["control"]) + ctx.message["correction"]
+        return self.beta * (self.counted_gradient(ctx, x, batch) - ctx.state["control"]) + ctx.message["correction"]
 
 
 class ScaffoldMomentum(Synchronous):
@@ -70,7 +70,7 @@ class ScaffoldMomentum(Synchronous):
         selection: str = "fixed",
         stragglers: str = "cancel",
     ) -> None:
-        rule = (local if local is not None else LocalSGD()).as_rule(ScaffoldMomentumSteps, beta=beta)
+        rule = ScaffoldMomentumSteps.around(local, beta=beta)
         super().__init__(rule, over_selection, deadline, selection, stragglers)
         self.beta = rule.beta
         self.server_lr = number("server_lr", server_lr, above=0)

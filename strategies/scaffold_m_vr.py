@@ -14,7 +14,7 @@ Defaults    beta = 0.5; the paper tunes it. Steps are as long as FedAvg's, and w
             rate: on the images 0.1 was unstable at eta = 0.1. eta_g = 1.
 Departures  g^0 = 0, where the theory takes the gradient of a first batch. Clients may make different numbers of steps;
             the paper's gamma is given by eta_g. Local momentum, weight decay and proximal term are refused: each would
-            come back with g in every round. A step takes two gradients and counts as one on the virtual clock. With
+            come back with g in every round. A step takes two gradients, on the virtual clock, too. With
             beta = 1 it is SCAFFOLD.
 """
 
@@ -61,11 +61,16 @@ class ScaffoldReducedVarianceSteps(ControlVariateSGD):
         super().begin(ctx)
         self.previous = ctx.point().addcmul_(ctx.message["gamma"], ctx.message["momentum"])
 
+    @property
+    def gradients_per_step(self) -> int:
+        """One at x and one at the server's last model."""
+        return 2 * super().gradients_per_step
+
     def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
         """g_i(x; b) - beta (c_i - c) + (1 - beta) (g^t - g_i(x^{t-1}; b))."""
         drift = ctx.state["control"] - ctx.message["control"]
-        correction = ctx.message["momentum"] - ctx.grad(self.previous, batch)
-        return self.gradient(ctx, x, batch) - self.beta * drift + (1 - self.beta) * correction
+        correction = ctx.message["momentum"] - super().direction(ctx, self.previous, batch)
+        return self.counted_gradient(ctx, x, batch) - self.beta * drift + (1 - self.beta) * correction
 
 
 class ScaffoldMomentumVR(Synchronous):
@@ -81,7 +86,7 @@ class ScaffoldMomentumVR(Synchronous):
         selection: str = "fixed",
         stragglers: str = "cancel",
     ) -> None:
-        rule = (local if local is not None else LocalSGD()).as_rule(ScaffoldReducedVarianceSteps, beta=beta)
+        rule = ScaffoldReducedVarianceSteps.around(local, beta=beta)
         super().__init__(rule, over_selection, deadline, selection, stragglers)
         self.server_lr = number("server_lr", server_lr, above=0)
 

@@ -20,11 +20,12 @@ from fedsim.system.faults import Faults
 
 NAMES = sorted(choices("strategy", Path(__file__).parent))
 
-PEERS = {"dpsgd", "dfedavg", "dfedavgm"}
+PEERS = {"dpsgd", "dfedavg", "dfedavgm", "dfedsam", "dfedsam_mgs"}
 ONLINE = {"fedau", "average_participating", "average_all", "known_probability"}
 """Those that ask whoever is there."""
 CORRECTED = {"scaffold", "fedavg_m", "scaffold_m", "fedavg_m_vr", "scaffold_m_vr"}
-WAITING = {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", *PEERS, *ONLINE, *CORRECTED}
+ADMM = {"fedadmm", "fedadmm_released"}
+WAITING = {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", *PEERS, *ONLINE, *CORRECTED, *ADMM}
 """Those that use no stale update."""
 
 OTHERWISE = {
@@ -34,6 +35,7 @@ OTHERWISE = {
     "dpsgd": ["local.batch_size=20", "rounds=700", "eval_every=50"],  # one gradient per round
     **{name: ["strategy.selection=binomial"] for name in ONLINE},  # all are there, and so would all be in every round
     "average_all": ["strategy.selection=binomial", "strategy.server_lr=5"],  # a tenth of all makes a tenth of a step
+    "fedcompass": ["clients=20"],  # a client's first update counts 1 / clients at once, so it is slow off the mark
 }
 
 
@@ -66,6 +68,7 @@ SMALL_OTHERWISE = {
     "async_fedavg": ["local.steps=5", "strategy.server_lr=0.1"],
     "dpsgd": ["rounds=60", "eval_every=60"],  # one gradient per round, and no local.steps
     **{name: ["local.steps=5", "strategy.selection=binomial"] for name in ONLINE},
+    "fedcompass": ["strategy.least_steps=5", "strategy.most_steps=25"],
 }
 
 

@@ -102,5 +102,5 @@ def test_every_yaml_states_exactly_what_its_class_takes() -> None:
         for path in sorted(ROOT.glob(f"conf/{group}/*.yaml")):
             node = yaml.safe_load(path.read_text())
             parameters = inspect.signature(locate(node.pop("_target_"), str(path))).parameters
-            objects = {"local", "data", "model", "partition", "topology"}
+            objects = {"local", "data", "model", "partition", "server", "topology"}
             assert set(node) == set(parameters) - objects, path

@@ -66,6 +66,9 @@ class Preparation:
         for job, tasks in jobs.items():
             rule = self.sim.strategy.jobs[job]
             self._count(tasks, rule)
+            if rule.gradients_per_step != 1:
+                for task in tasks:
+                    task.gradients = rule.gradients_per_step
             self._take(tasks, rule, copies, measure)
             if rule.measured:
                 examples = rule.examples(np.array([task.steps for task in tasks]), self._samples(tasks))

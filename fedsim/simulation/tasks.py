@@ -50,6 +50,8 @@ class LiveTask:
     version = 0
     status = Status.REQUESTED
     nth = -1
+    gradients = 1
+    """How many gradients one local step takes."""
     samples = 0
     """Training examples it works through."""
     work: Work | None = None
@@ -187,7 +189,7 @@ def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
     if len(tasks) == 1:
         _plan_one(tasks[0], system, now)
         return
-    asked = [(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes) for task in tasks]
+    asked = [(task.client, task.nth, task.steps * task.gradients, task.down_bytes, task.up_bytes) for task in tasks]
     down, compute, up, stage, fraction = system.spans(*np.array(asked, dtype=np.int64).T)
     local = np.array([task.order.local for task in tasks])
     if local.any():
@@ -207,7 +209,7 @@ def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
 
 def _plan_one(task: LiveTask, system: System, now: int) -> None:
     """What :func:`plan` does, without arrays."""
-    spans = system.spans_of_one(task.client, task.nth, task.steps, task.down_bytes, task.up_bytes)
+    spans = system.spans_of_one(task.client, task.nth, task.steps * task.gradients, task.down_bytes, task.up_bytes)
     down, compute, up, stage, fraction = spans
     if task.order.local:
         down = up = 0

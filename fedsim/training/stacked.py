@@ -24,7 +24,7 @@ from fedsim.training.closed_form import ClosedForm
 from fedsim.training.devices import reproducible
 from fedsim.vectors import aligned_stack, is_aligned
 
-HOOKS = ("run", "begin", "direction", "finish")
+HOOKS = ("run", "origin", "begin", "direction", "finish")
 """What a local rule can do its own way."""
 
 NOTHING_LANES = 10_000
@@ -305,4 +305,5 @@ class StackedTrainer(Trainer):
 
 
 def _has_own_hooks(rule: LocalSGD) -> bool:
-    return any(getattr(type(rule), name) is not getattr(LocalSGD, name) for name in HOOKS)
+    own = any(getattr(type(rule), name) is not getattr(LocalSGD, name) for name in HOOKS)
+    return own or rule.gradient is not None
