@@ -120,6 +120,13 @@ def test_with_a_join_factor_of_1_2_the_fastest_client_may_join_with_120_steps() 
     assert rows[13] == (24, 0, 3, 100, 0)
 
 
+def test_whole_numbers_of_steps_are_not_rounded_down() -> None:
+    # 5.8 s until group 5 is expected, at 22.8, are 58 steps of 0.1 s, but as floats 57.99999999999999.
+    rows = played(Compass(), 17, (0.1, 0.2, 0.3, 0.05))
+    assert (17.0, 0, 5, 58, 0) in rows
+    assert (17.0, 1, 5, 29, 0) in rows
+
+
 def test_speeds_within_the_range_of_steps_end_in_one_group_whatever_they_are() -> None:
     # lambda 1 leaves no room: an estimate that is a nanosecond short must not make a client late.
     chance = random.Random(5)
