@@ -91,6 +91,7 @@ def simulate(
     system, pool, stop = system or System(), pool or InlinePool(), stop or Stop(rounds=100)
     with _one_thread():
         sim = _assemble(strategy, problem, system, pool, stop, seed, clients, cohort, eval_every, client_eval_every)
+        strategy.check_federation(sim)
         described = _describe(sim, seed) if config is None else config
         identity = identify(described, labels or {}, parts_of(strategy, problem, system), pool.identity())
         if resume:

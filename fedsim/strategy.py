@@ -57,6 +57,13 @@ class Strategy:
         for rule in self.jobs.values():
             rule.check(clients)
 
+    def check_federation(self, fed: Federation) -> None:
+        """Refuse a federation that does not fit, before time 0 and before anything is written.
+
+        Raises:
+            ConfigError: naming the setting.
+        """
+
     def start(self, fed: Federation) -> None:
         """Time 0, before anything else."""
 

@@ -49,14 +49,18 @@ class KnownProbability(Synchronous):
                 f"strategy.probability: {count} numbers for {clients} clients; give one, or one per client"
             )
 
+    def check_federation(self, fed: Federation) -> None:
+        """Refuse to go without probabilities that nobody knows."""
+        if not self.probability and fed.presence is None:
+            raise ConfigError("strategy.probability=null: must be given, this presence model does not know it")
+
     def start(self, fed: Federation) -> None:
         """p_n."""
         if self.probability:
             self.p = np.broadcast_to(self.probability, (fed.clients,)).copy()
-            return
-        if fed.presence is None:
-            raise ConfigError("strategy.probability=null: must be given, this presence model does not know it")
-        self.p = fed.presence * (fed.cohort / fed.clients if self.round.selection == "binomial" else 1.0)
+        else:
+            assert fed.presence is not None
+            self.p = fed.presence * (fed.cohort / fed.clients if self.round.selection == "binomial" else 1.0)
 
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
         """x^t + eta_g / N sum_n Delta_n / p_n."""
