@@ -21,7 +21,19 @@ from fedsim.system.faults import Faults
 NAMES = sorted(choices("strategy", Path(__file__).parent))
 
 PEERS = {"dpsgd", "dfedavg", "dfedavgm", "dfedsam", "dfedsam_mgs"}
-WAITING = {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedadmm", "fedadmm_released", *PEERS}
+WAITING = {
+    "fedavg",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedadagrad",
+    "fedadmm",
+    "fedadmm_released",
+    "rerce",
+    "rerce_clu",
+    *PEERS,
+}
 """Those that use no stale update."""
 
 OTHERWISE = {
@@ -29,6 +41,9 @@ OTHERWISE = {
     "async_fedavg": ["clients=20", "compute=uniform", "strategy.server_lr=0.05"],
     "dfedavgm": ["local.lr=0.02"],  # momentum of 0.9 makes steps ten times as long
     "dpsgd": ["local.batch_size=20", "rounds=700", "eval_every=50"],  # one gradient per round
+    # Their server's model is the mean of those it asks.
+    "rerce": ["clients=20", "cohort=20"],
+    "rerce_clu": ["clients=20", "strategy.selected=20"],
 }
 
 
@@ -60,6 +75,7 @@ SMALL = [
 SMALL_OTHERWISE = {
     "async_fedavg": ["local.steps=5", "strategy.server_lr=0.1"],
     "dpsgd": ["rounds=60", "eval_every=60"],  # one gradient per round, and no local.steps
+    "rerce_clu": ["local.steps=5", "strategy.selected=10"],
 }
 
 
