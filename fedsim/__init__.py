@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from fedsim.system import System
     from fedsim.topology import Topology
     from fedsim.vectors import Layout, mean, weighted_sum
+    from fedsim.wire.quantisation import Quantiser
 
 _HOME = {
     "fedsim.aggregate": "StalenessWeight expected_seconds mean_direction mean_update reply_weights",
@@ -67,6 +68,7 @@ _HOME = {
     "fedsim.system": "System",
     "fedsim.topology": "Topology",
     "fedsim.vectors": "Layout mean weighted_sum",
+    "fedsim.wire.quantisation": "Quantiser",
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names.split()}
 
@@ -92,6 +94,7 @@ __all__ = [
     "PlainStep",
     "Problem",
     "Quadratic",
+    "Quantiser",
     "Reply",
     "Round",
     "Run",

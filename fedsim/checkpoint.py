@@ -42,6 +42,7 @@ OURS = {
     "fedsim.topology": "Exponential Full Grid Random Ring",
     "fedsim.training.base": "Result Work",
     "fedsim.vectors": "Layout",
+    "fedsim.wire.quantisation": "Quantiser",
 }
 """Classes whose objects any checkpoint may hold, by module."""
 

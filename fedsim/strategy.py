@@ -142,12 +142,20 @@ class Round:
         self._quorum = 0
         self._expired = False
 
-    def open(self, fed: Federation, steps: Callable[[Federation, Ids], Ids | None] | None = None) -> None:
+    def open(
+        self,
+        fed: Federation,
+        steps: Callable[[Federation, Ids], Ids | None] | None = None,
+        start: Tensor | None = None,
+        held: bool = False,
+    ) -> None:
         """Ask a new cohort; with nobody online and idle nothing is asked and the round stays over.
 
         Args:
             fed: the federation.
             steps: gives the local steps of each client of a cohort, or None for what the job says.
+            start: vector ``[d]`` to start from; default the model.
+            held: whether the message alone travels down.
         """
         chosen = self._choose(fed)
         self.number += 1
@@ -155,7 +163,7 @@ class Round:
         self._expired = False
         self._quorum = min(fed.cohort, len(chosen)) if self.selection == "fixed" else len(chosen)
         asked = steps(fed, chosen) if steps is not None else None
-        self.waiting = set(fed.dispatch(chosen, steps=asked)) if len(chosen) else set()
+        self.waiting = set(fed.dispatch(chosen, start, asked, held=held)) if len(chosen) else set()
         if self.waiting and self.deadline is not None:
             fed.timer(fed.now + self.deadline, ("round deadline", self.number))
 

@@ -7,8 +7,11 @@ Client i    K steps on f_i(w) + y_i^T w + rho / 2 ||w - theta||^2:  w <- w - eta
 Server      theta <- theta + eta / |S| sum_{i in S} Delta_i;  with eta = |S| / m it is always
             theta = 1/m sum_i (w_i + y_i / rho), the z-step of ADMM (that of Wang, Marella, Anderson 2022,
             arXiv 2203.15104); w_i = theta^0 and y_i = 0 at first
+Wire        with ``grid`` = D only multiples of D travel, as whole numbers of ``bits``: Q(w_i^+) takes the place of
+            w_i^+ and Q(theta) of theta on the clients, so that duals follow from what both ends know and none is sent
+            (the exchange of SLIM-KL, arXiv 2309.08201; Q rounds at random, without bias). The error is then O(D).
 State       2 d on a client (w_i, y_i), 2 d on the server (theta, theta^0)
-Traffic     1 d down, 1 d up per client and round
+Traffic     1 d down, 1 d up per client and round; with ``grid`` d numbers of ``bits`` each
 Defaults    rho = 0.01 as in the authors' code. eta = |S| / m (``server_lr`` null), with which it converges under
             sampling; eta = 1 is the paper's accelerated choice, which can diverge from a cold start.
 Departures  who takes part for the first time need not know theta^0: it sends w_i^+ + y_i^+ / rho, and the server, which
@@ -18,7 +21,7 @@ Departures  who takes part for the first time need not know theta^0: it sends w_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,8 +36,11 @@ from fedsim import (
     Federation,
     Layout,
     LocalSGD,
+    Quantiser,
     Reply,
     Synchronous,
+    Task,
+    TensorSpec,
     flag,
     mean,
     number,
@@ -68,6 +74,11 @@ class AugmentedSGD(DualSGD):
     """The client of the paper: it remembers its model and sends how ``w + y / rho`` has changed."""
 
     warm_start: bool = False
+    quantiser: Quantiser | None = None
+
+    def payload_spec(self, layout: Layout) -> dict[str, TensorSpec]:
+        """``Delta``, or the codes of it."""
+        return super().payload_spec(layout) if self.quantiser is None else {"delta": self.quantiser.spec(layout)}
 
     def initial_state(self, layout: Layout) -> dict[str, Tensor]:
         """``y = 0``; ``w`` is not known before the first task, and 0 stands for ``w + y / rho``."""
@@ -75,18 +86,27 @@ class AugmentedSGD(DualSGD):
 
     def origin(self, ctx: Context) -> Tensor:
         """``theta``, or if it is to be and there is one the client's last ``w``."""
+        if self.quantiser is not None:
+            ctx.start = self.quantiser.values(ctx.message["theta"], ctx.start.dtype)
         x = ctx.point()
         if self.warm_start:
             x.copy_(torch.where(ctx.state["joined"] > 0, ctx.state["model"], x))
         return x
 
     def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
-        """``w^+``, ``y^+`` and ``Delta``."""
+        """``w^+``, ``y^+`` and ``Delta``; where only multiples travel, ``w^+`` is rounded first and y follows from it.
+
+        ``theta``, ``w`` and with them ``y / rho`` are on the grid then, and so is ``Delta``.
+        """
+        if self.quantiser is not None:
+            codes = self.quantiser.codes(x, ctx.rng("quantisation").uniform(x.shape[-1]))
+            x = self.quantiser.values(codes, x.dtype)
         before = ctx.state["model"] + ctx.state["dual"] / self.prox
         ctx.state["dual"] = ctx.state["dual"] + self.prox * (x - ctx.start)
         ctx.state["model"] = x
         ctx.state["joined"] = torch.ones_like(ctx.state["joined"])
-        return {"delta": x + ctx.state["dual"] / self.prox - before}
+        delta = x + ctx.state["dual"] / self.prox - before
+        return {"delta": delta if self.quantiser is None else self.quantiser.nearest(delta)}
 
 
 Rule = TypeVar("Rule", bound=DualSGD)
@@ -125,26 +145,61 @@ class FedADMM(_Passes):
         server_lr: float | None = None,
         warm_start: bool = False,
         random_epochs: int | None = None,
+        grid: float | None = None,
+        bits: int = 16,
         over_selection: float = 1.0,
         deadline: float | None = None,
         selection: str = "fixed",
         stragglers: str = "cancel",
     ) -> None:
-        client = _client(AugmentedSGD, local, rho, warm_start=flag("warm_start", warm_start))
+        grid = optional_number("grid", grid, above=0)
+        self.quantiser = None if grid is None else Quantiser(grid, bits)
+        warm_start = flag("warm_start", warm_start)
+        client = _client(AugmentedSGD, local, rho, warm_start=warm_start, quantiser=self.quantiser)
         super().__init__(client, random_epochs, over_selection, deadline, selection, stragglers)
         self.server_lr = optional_number("server_lr", server_lr, above=0)
 
     def start(self, fed: Federation) -> None:
         """w_i = theta^0 for everybody."""
-        self.initial = fed.model
+        self.initial = self.theta = fed.model
         self.joined = np.zeros(fed.clients, dtype=np.bool_)
+        self._send(fed, self.theta)
+
+    def settle(self, fed: Federation) -> None:
+        """Begin the next round when this one is over, with what of theta can travel."""
+        if self.round.over:
+            replies = self.round.close(fed)
+            if replies:
+                fed.publish(self.aggregate(fed, replies), used=replies)
+            self.round.open(fed, self.local_steps, self.sent, held=self.codes is not None)
+
+    def message(self, fed: Federation, task: Task) -> Mapping[str, Tensor]:
+        """Q(theta)."""
+        return {} if self.codes is None else {"theta": self.codes}
 
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
-        """theta + eta / |S| sum_{i in S} Delta_i."""
+        """theta + eta / |S| sum_{i in S} Delta_i; the clients get to see Q of it."""
         eta = self.server_lr if self.server_lr is not None else len(replies) / fed.clients
-        changes = [each["delta"] if self.joined[each.client] else each["delta"] - self.initial for each in replies]
+        changes = [self._change(each) for each in replies]
         self.joined[[each.client for each in replies]] = True
-        return fed.model + eta * mean(changes)
+        self.theta = self.theta + eta * mean(changes)
+        return self._send(fed, self.theta)
+
+    def _change(self, reply: Reply) -> Tensor:
+        delta = reply["delta"]
+        if self.quantiser is not None:
+            delta = self.quantiser.values(delta, self.theta.dtype)
+        return delta if self.joined[reply.client] else delta - self.initial
+
+    def _send(self, fed: Federation, theta: Tensor) -> Tensor:
+        """What of ``theta`` is to travel down, ``self.codes``, and what it stands for."""
+        self.codes: Tensor | None = None
+        self.sent = theta
+        if self.quantiser is not None:
+            uniform = fed.rng("quantisation", self.round.number).uniform(len(theta))
+            self.codes = self.quantiser.codes(theta, uniform)
+            self.sent = self.quantiser.values(self.codes, theta.dtype)
+        return self.sent
 
 
 class FedADMMReleased(_Passes):

@@ -24,7 +24,7 @@ PEERS = {"dpsgd", "dfedavg", "dfedavgm", "dfedsam", "dfedsam_mgs"}
 ONLINE = {"fedau", "average_participating", "average_all", "known_probability"}
 """Those that ask whoever is there."""
 CORRECTED = {"scaffold", "fedavg_m", "scaffold_m", "fedavg_m_vr", "scaffold_m_vr"}
-ADMM = {"fedadmm", "fedadmm_released"}
+ADMM = {"fedadmm", "fedadmm_released", "rerce", "rerce_clu"}
 WAITING = {"fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad", *PEERS, *ONLINE, *CORRECTED, *ADMM}
 """Those that use no stale update."""
 
@@ -36,6 +36,9 @@ OTHERWISE = {
     **{name: ["strategy.selection=binomial"] for name in ONLINE},  # all are there, and so would all be in every round
     "average_all": ["strategy.selection=binomial", "strategy.server_lr=5"],  # a tenth of all makes a tenth of a step
     "fedcompass": ["clients=20"],  # a client's first update counts 1 / clients at once, so it is slow off the mark
+    # Their server's model is the mean of those it asks.
+    "rerce": ["clients=20", "cohort=20"],
+    "rerce_clu": ["clients=20", "strategy.selected=20"],
 }
 
 
@@ -69,6 +72,7 @@ SMALL_OTHERWISE = {
     "dpsgd": ["rounds=60", "eval_every=60"],  # one gradient per round, and no local.steps
     **{name: ["local.steps=5", "strategy.selection=binomial"] for name in ONLINE},
     "fedcompass": ["strategy.least_steps=5", "strategy.most_steps=25"],
+    "rerce_clu": ["local.steps=5", "strategy.selected=10"],
 }
 
 
