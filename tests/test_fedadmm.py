@@ -29,11 +29,16 @@ def bowls(clients: int = 20) -> Quadratic:
     return problem
 
 
+class Away(Quadratic):
+    """Models begin at 5, not at 0."""
+
+    def initial(self) -> torch.Tensor:
+        return super().initial() + 5.0
+
+
 def simulate(strategy: fedsim.Strategy, rounds: int, cohort: int = 4, clients: int = 20, **more: Any) -> fedsim.Run:
-    system = more.pop("system", None)
-    return fedsim.simulate(
-        strategy, Quadratic(), system, stop=Stop(rounds=rounds), clients=clients, cohort=cohort, **more
-    )
+    system, problem = more.pop("system", None), more.pop("problem", Quadratic)()
+    return fedsim.simulate(strategy, problem, system, stop=Stop(rounds=rounds), clients=clients, cohort=cohort, **more)
 
 
 def cohorts(run: fedsim.Run) -> list[list[int]]:
@@ -62,9 +67,9 @@ def test_it_is_the_papers_loop_when_clients_are_sampled_late_and_lost(
     rho, lr, steps, m = 0.7, 0.1, 3, 20
     rule = SAM(lr=lr, steps=steps, rho=rho_sam) if rho_sam else LocalSGD(lr=lr, steps=steps)
     strategy = FedADMM(rule, rho, eta, warm, over_selection=1.5, stragglers="late")
-    run = simulate(strategy, 30, system=UNRELIABLE)
+    run = simulate(strategy, 30, system=UNRELIABLE, problem=Away)
     a, b = bowls().curvature, bowls().centres
-    theta, w, y, joined = np.zeros(10), np.zeros((m, 10)), np.zeros((m, 10)), set()
+    theta, w, y, joined = np.full(10, 5.0), np.full((m, 10), 5.0), np.zeros((m, 10)), set()
     assert {"late", "dropped", "applied"} <= set(run.events.outcome)
     for chosen in cohorts(run):
         total = np.zeros(10)
@@ -91,12 +96,12 @@ def test_theta_is_always_the_mean_of_all_augmented_models_whatever_is_refused() 
         if sim.version > len(seen):
             model, dual = sim.kept("model"), sim.kept("dual")
             joined = {i for i, each in sim.kept("joined").items() if each}
-            start = torch.zeros(10, dtype=torch.float64)
+            start = torch.full((10,), 5.0, dtype=torch.float64)
             own = [model[i] + dual[i] / 0.5 if i in joined else start for i in range(sim.clients)]
             seen.append(float((torch.stack(own).mean(dim=0) - sim.model).norm()))
 
     strategy = FedADMM(LocalSGD(lr=0.2, steps=5), 0.5, over_selection=1.5, stragglers="late")
-    run = simulate(strategy, 60, system=UNRELIABLE, observer=look)
+    run = simulate(strategy, 60, system=UNRELIABLE, problem=Away, observer=look)
     assert (run.events.outcome == "late").sum() > 20
     assert len(seen) == run.summary["version"] >= 40
     assert max(seen) < 1e-12
