@@ -128,6 +128,12 @@ def test_stop_acts_at_the_end_of_the_instant():
     assert run.events.outcome.tolist() == ["applied"] * 3 + ["pending"] * 3
 
 
+def test_limits_may_be_numbers_of_numpys():
+    stop = fedsim.Stop(rounds=np.int64(3), time_limit=np.float64(2.5), bytes=np.int32(7), target=np.float32(0.5))
+    assert [type(each) for each in (stop.rounds, stop.time_limit, stop.bytes, stop.target)] == [int, float, int, float]
+    assert (stop.rounds, stop.time_limit, stop.updates, stop.bytes, stop.target) == (3, 2.5, None, 7, 0.5)
+
+
 def test_the_first_reason_to_stop_is_kept():
     def on_reply(self, fed, reply):
         fed.stop(f"client {reply.client}")

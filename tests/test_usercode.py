@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,3 +92,22 @@ def test_objects_of_a_users_own_class_hold_their_tensors() -> None:
 def test_what_cannot_be_sent_is_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match=r"cannot be sent to workers: .*generator"):
         pickled_with_user_code(each for each in ())
+
+
+@pytest.mark.parametrize(("folder", "by_value"), [("mine", True), ("site-packages", False)])
+def test_only_code_outside_every_installed_package_travels(
+    folder: str, by_value: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / folder
+    home.mkdir()
+    (home / f"sent_{by_value}.py").write_text("class Thing:\n    size = 3\n")
+    monkeypatch.syspath_prepend(home)
+    module = importlib.import_module(f"sent_{by_value}")
+    parts = pickled_with_user_code(module.Thing())
+    monkeypatch.delitem(sys.modules, module.__name__)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(home)])
+    if by_value:
+        assert unpickled(parts).size == 3
+    else:
+        with pytest.raises(ModuleNotFoundError):
+            unpickled(parts)

@@ -96,5 +96,7 @@ def _is_users(module: ModuleType) -> bool:
     if file is None or module.__name__ == "__main__" or module.__name__.partition(".")[0] == "fedsim":
         return False
     path = Path(file).resolve()
-    roots = (sys.prefix, sys.base_prefix, sys.exec_prefix)
+    # Environments may lie on one another: packages of the lower one are on the path, outside the prefix.
+    packages = (entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages"))
+    roots = (sys.prefix, sys.base_prefix, sys.exec_prefix, *packages)
     return path.suffix == ".py" and not any(path.is_relative_to(Path(root).resolve()) for root in roots)

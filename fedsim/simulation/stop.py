@@ -26,10 +26,14 @@ class Stop:
     target: float | None = None
 
     def __post_init__(self) -> None:
-        optional_whole("rounds", self.rounds, least=1)
-        optional_seconds("time_limit", self.time_limit, above=0)
-        optional_whole("updates", self.updates, least=1)
-        optional_whole("bytes", self.bytes, least=1)
-        optional_number("target", self.target, above=0)
+        plain = {  # a number of NumPy's, say, as Python's own
+            "rounds": optional_whole("rounds", self.rounds, least=1),
+            "time_limit": optional_seconds("time_limit", self.time_limit, above=0),
+            "updates": optional_whole("updates", self.updates, least=1),
+            "bytes": optional_whole("bytes", self.bytes, least=1),
+            "target": optional_number("target", self.target, above=0),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
         if all(limit is None for limit in (self.rounds, self.time_limit, self.updates, self.bytes)):
             raise ConfigError("rounds: give at least one of rounds, time_limit, updates, bytes")
