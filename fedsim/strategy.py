@@ -137,6 +137,8 @@ class Round:
         self.stragglers = one_of("stragglers", stragglers, ("cancel", "late"))
         self.number = 0
         """How many rounds have been begun, those included to which nobody could be asked."""
+        self.chance = 1.0
+        """How likely each client that was online and idle was to be asked; not kept for cohorts of fixed size."""
         self.waiting: set[int] = set()
         self.replies: list[Reply] = []
         self._quorum = 0
@@ -174,11 +176,12 @@ class Round:
         idle = fed.idle()
         if self.selection == "online":
             return idle
-        for attempt in range(100):  # an empty cohort is drawn again
-            share = fed.rng("binomial cohort", self.number, attempt, idle).uniform()
-            chosen = idle[share < fed.cohort / fed.clients]
+        share = fed.cohort / fed.clients
+        for attempt in range(100):  # an empty cohort is drawn again, which makes everybody's chance the greater
+            chosen = idle[fed.rng("binomial cohort", self.number, attempt, idle).uniform() < share]
             if len(chosen) or not len(idle):
                 break
+        self.chance = share / (1.0 - (1.0 - share) ** len(idle)) if len(idle) else share
         return chosen
 
     def receive(self, fed: Federation, reply: Reply) -> None:

@@ -15,8 +15,8 @@ Traffic     1 d down, 1 d up per client and round; with ``grid`` d numbers of ``
 Defaults    rho = 0.01 as in the authors' code. eta = |S| / m (``server_lr`` null), with which it converges under
             sampling; eta = 1 is the paper's accelerated choice, which can diverge from a cold start.
 Departures  who takes part for the first time need not know theta^0: it sends w_i^+ + y_i^+ / rho, and the server, which
-            does, subtracts it; its warm start is theta. The authors' code computes something else: see
-            ``fedadmm_released``, and ``random_epochs`` for its clients' E_i ~ U{1, ..., 10} passes.
+            does, subtracts it; its warm start is theta, as is that of a client without data. The authors' code computes
+            something else: see ``fedadmm_released``, and ``random_epochs`` for its clients' E_i ~ U{1, ..., 10} passes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from fedsim import (
     LocalSGD,
     Quantiser,
     Reply,
+    SimulationError,
     Synchronous,
     Task,
     TensorSpec,
@@ -90,7 +91,9 @@ class AugmentedSGD(DualSGD):
             ctx.start = self.quantiser.values(ctx.message["theta"], ctx.start.dtype)
         x = ctx.point()
         if self.warm_start:
-            x.copy_(torch.where(ctx.state["joined"] > 0, ctx.state["model"], x))
+            # Who makes no step, for want of data, must not hold on to an old w: its dual would sum up the distance.
+            steps = torch.from_numpy(ctx.steps).to(x.device).unsqueeze(1) > 0
+            x.copy_(torch.where(steps & (ctx.state["joined"] > 0), ctx.state["model"], x))
         return x
 
     def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
@@ -159,6 +162,14 @@ class FedADMM(_Passes):
         super().__init__(client, random_epochs, over_selection, deadline, selection, stragglers)
         self.server_lr = optional_number("server_lr", server_lr, above=0)
 
+    def check_federation(self, fed: Federation) -> None:
+        """Refuse a grid that does not reach the initial model."""
+        if self.quantiser is not None:
+            try:
+                self.quantiser.nearest(fed.model)
+            except ValueError as error:
+                raise ConfigError(f"strategy.grid={self.quantiser.step:g}: too fine for the model, {error}") from None
+
     def start(self, fed: Federation) -> None:
         """w_i = theta^0 for everybody."""
         self.initial = self.theta = fed.model
@@ -197,7 +208,10 @@ class FedADMM(_Passes):
         self.sent = theta
         if self.quantiser is not None:
             uniform = fed.rng("quantisation", self.round.number).uniform(len(theta))
-            self.codes = self.quantiser.codes(theta, uniform)
+            try:
+                self.codes = self.quantiser.codes(theta, uniform)
+            except ValueError as error:
+                raise SimulationError(f"FedADMM cannot send its model: {error}; a coarser grid or more bits") from None
             self.sent = self.quantiser.values(self.codes, theta.dtype)
         return self.sent
 

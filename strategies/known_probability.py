@@ -6,7 +6,8 @@ Server      x^{t+1} = x^t + eta_g / N sum_{n takes part} Delta_n / p_n, p_n the 
 State       none on clients, d on the server
 Traffic     1 d down, 1 d up per client and round
 Defaults    eta_g = 1. Everybody who is online takes part (``selection=online``); p_n is the share of time n is online,
-            as the presence model knows it, times cohort / N where cohorts are binomial.
+            as the presence model knows it. Where cohorts are binomial it is that times q / (1 - (1 - q)^k),
+            q = cohort / N, with k clients to be had: an empty cohort is drawn again.
 Departures  none. Losses other than absence (drop-outs, deadlines) are not in p_n unless ``probability`` has them in.
 """
 
@@ -36,14 +37,14 @@ class KnownProbability(Synchronous):
         # In cohorts of fixed size the probabilities depend on who else is there.
         selection = one_of("selection", selection, ("online", "binomial"))
         super().__init__(local, deadline=deadline, selection=selection, stragglers=stragglers, server=server)
-        given = probability if isinstance(probability, list) else [] if probability is None else [probability]
-        self.probability = [number("probability", each, above=0, most=1) for each in given]
+        given = probability if probability is None or isinstance(probability, list) else [probability]
+        self.probability = given and [number("probability", each, above=0, most=1) for each in given]
         self.server_lr = number("server_lr", server_lr, above=0)
 
     def check(self, clients: int) -> None:
         """Refuse a list of another length."""
         super().check(clients)
-        if len(self.probability) not in (0, 1, clients):
+        if self.probability is not None and len(self.probability) not in (1, clients):
             count = len(self.probability)
             raise ConfigError(
                 f"strategy.probability: {count} numbers for {clients} clients; give one, or one per client"
@@ -51,18 +52,17 @@ class KnownProbability(Synchronous):
 
     def check_federation(self, fed: Federation) -> None:
         """Refuse to go without probabilities that nobody knows."""
-        if not self.probability and fed.presence is None:
+        if self.probability is None and fed.presence is None:
             raise ConfigError("strategy.probability=null: must be given, this presence model does not know it")
 
     def start(self, fed: Federation) -> None:
         """p_n."""
-        if self.probability:
-            self.p = np.broadcast_to(self.probability, (fed.clients,)).copy()
-        else:
-            assert fed.presence is not None
-            self.p = fed.presence * (fed.cohort / fed.clients if self.round.selection == "binomial" else 1.0)
+        known = fed.presence if self.probability is None else self.probability
+        assert known is not None
+        self.p = np.broadcast_to(known, (fed.clients,)).copy()
 
     def aggregate(self, fed: Federation, replies: Sequence[Reply]) -> Tensor:
         """x^t + eta_g / N sum_n Delta_n / p_n."""
-        weights = [1 / (fed.clients * self.p[reply.client]) for reply in replies]
+        chance = self.round.chance if self.probability is None else 1.0
+        weights = [1 / (fed.clients * self.p[reply.client] * chance) for reply in replies]
         return fed.model + self.server(self.server_lr * weighted_sum([reply["delta"] for reply in replies], weights))

@@ -195,10 +195,13 @@ class _Iterations(Strategy):
     def step(self, fed: Federation, heard: Sequence[Reply]) -> Tensor:
         """The server's step, with what it was sent, if anything; the next model."""
 
+    def check_federation(self, fed: Federation) -> None:
+        """Refuse matrices that are too large, and problems without parameters."""
+        if self.solver == "exact" and not 0 < fed.layout.size <= LARGEST:
+            raise ConfigError(f"strategy.solver=exact: needs a matrix of {fed.layout.size}^2 numbers; take steps")
+
     def start(self, fed: Federation) -> None:
         """z^0 is the initial model."""
-        if self.solver == "exact" and fed.layout.size > LARGEST:
-            raise ConfigError(f"strategy.solver=exact: needs a matrix of {fed.layout.size}^2 numbers; take steps")
         self.initial = fed.model
         self.begun = np.zeros(fed.clients, dtype=np.bool_)
 

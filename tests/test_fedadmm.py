@@ -131,6 +131,19 @@ def test_in_the_limit_each_dual_is_minus_its_clients_gradient_at_the_optimum() -
         np.testing.assert_allclose(duals[i], -a[i] * (optimum - b[i]), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_clients_without_data_hold_nobody_back(warm: bool) -> None:
+    class SomeEmpty(Quadratic):
+        def prepare(self, clients: int, randomness: Randomness) -> None:
+            super().prepare(clients, randomness)
+            self.samples[:3] = 0
+
+    strategy = FedADMM(LocalSGD(lr=0.2, steps=5), 1.0, warm_start=warm)
+    run = simulate(strategy, 120, cohort=6, clients=10, problem=SomeEmpty, eval_every=0)
+    a, b = bowls(10).curvature[3:], bowls(10).centres[3:]
+    np.testing.assert_allclose(run.model["x"], (a * b).sum(axis=0) / a.sum(axis=0), rtol=0, atol=1e-4)
+
+
 # ---- rates and bias ----------------------------------------------------------------------------------
 
 

@@ -134,3 +134,24 @@ def test_a_run_over_the_grid_that_is_stopped_ends_with_the_same_bits(tmp_path: A
 def test_too_few_bits_end_the_run_with_one_line() -> None:
     with pytest.raises(fedsim.SimulationError, match=r"8 bits in steps of 0\.001 hold up to 0\.127"):
         simulate(FedADMM(LocalSGD(lr=0.2, steps=4), 0.5, grid=0.001, bits=8), 3)
+
+
+class Away(Quadratic):
+    """Models begin at 5."""
+
+    def initial(self) -> torch.Tensor:
+        return super().initial() + 5.0
+
+
+def test_a_grid_that_the_first_model_does_not_fit_is_refused_before_anything_is_written(tmp_path: Any) -> None:
+    strategy = FedADMM(grid=0.01, bits=8)
+    with pytest.raises(ConfigError, match=r"^strategy\.grid=0\.01: too fine .* 8 bits in .* hold up to 1\.27: 5$"):
+        fedsim.simulate(strategy, Away(), stop=Stop(rounds=1), clients=4, cohort=2, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_grows_out_of_the_grid_ends_the_run_with_one_line() -> None:
+    """Every client's codes fit; a server step of 100 makes theta larger than any of them."""
+    strategy = FedADMM(LocalSGD(lr=0.2, steps=1), 1.0, server_lr=100.0, grid=0.1, bits=8)
+    with pytest.raises(fedsim.SimulationError, match=r"^FedADMM cannot send its model: 8 bits in steps of 0\.1 hold"):
+        simulate(strategy, 3)

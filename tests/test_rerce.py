@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 import fedsim
-from fedsim import SAM, ConfigError, LeastSquares, LocalSGD, LogisticRegression, Problem, Quadratic, Stop
+from fedsim import SAM, ConfigError, LeastSquares, LocalSGD, LogisticRegression, Problem, Quadratic, ScheduleOnly, Stop
 from fedsim.data.sources import Dataset
 from fedsim.rng import Randomness
 from fedsim.simulation import Simulation
@@ -295,6 +296,13 @@ def test_settings_that_contradict_the_method_are_refused() -> None:
             simulate(method(solver="exact"), 1, problem=Quadratic(5000))
         with pytest.raises(fedsim.SimulationError, match="needs a problem whose gradient is linear"):
             simulate(method(solver="exact"), 1, problem=LogisticRegression(spread_out(), l2=0.01))
+
+
+def test_a_matrix_that_cannot_be_held_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for problem, size in ((Quadratic(5000), 5000), (ScheduleOnly(), 0)):
+        with pytest.raises(ConfigError, match=rf"^strategy\.solver=exact: needs a matrix of {size}\^2 numbers"):
+            fedsim.simulate(RERCE(solver="exact"), problem, stop=Stop(rounds=1), clients=K, out=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 def spread_out() -> Dataset:

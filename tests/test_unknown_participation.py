@@ -315,11 +315,14 @@ def test_where_nobody_knows_the_shares_probabilities_must_be_given() -> None:
     np.testing.assert_allclose(weights.model["x"], [0.5] * 4, rtol=1e-12)
 
 
-def test_binomial_cohorts_are_in_the_probabilities() -> None:
-    strategy = KnownProbability(OneHot(steps=1), selection="binomial")
-    weights = run(strategy, availability.Bernoulli(0.8, 1.0), 100.5, 8, cohort=4, problem=Untrained(8))
-    assert strategy.p.tolist() == [0.4] * 8
-    assert weights.model["x"].mean() * 8 / 100 == pytest.approx(1.0, abs=0.15)
+@pytest.mark.parametrize("cohort", [1, 4, 20])
+def test_binomial_cohorts_are_in_the_probabilities(cohort: int) -> None:
+    """Cohorts of one are empty four times of ten, and are drawn again; those of 20 are all 8 clients."""
+    for presence, share in ((availability.Bernoulli(0.8, 1.0), 0.8), (None, 1.0)):
+        strategy = KnownProbability(OneHot(steps=1), selection="binomial")
+        done = run(strategy, presence, 200.5, 8, cohort=cohort, problem=Untrained(8))
+        assert strategy.p.tolist() == [share] * 8
+        assert done.model["x"].mean() * 8 / 200 == pytest.approx(1.0, abs=0.15)
 
 
 @pytest.mark.parametrize(
@@ -331,6 +334,7 @@ def test_binomial_cohorts_are_in_the_probabilities() -> None:
         (lambda: KnownProbability(probability=0.0), "probability=0.0: must be a number > 0 and <= 1"),
         (lambda: KnownProbability(probability=[0.5, 1.5]), "probability=1.5: must be a number > 0 and <= 1"),
         (lambda: run(KnownProbability(probability=[0.5, 0.5]), None), "strategy.probability: 2 numbers for 4 clients"),
+        (lambda: run(KnownProbability(probability=[]), None), "strategy.probability: 0 numbers for 4 clients"),
         (lambda: AverageAll(server_lr=0), "server_lr=0: must be a number > 0"),
     ],
 )
