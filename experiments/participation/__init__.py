@@ -1,0 +1,1 @@
+"""FedAU and its baselines when participation depends on labels."""
