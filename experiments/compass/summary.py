@@ -131,7 +131,6 @@ def figure(runs: Sequence[RunRecord], target: float) -> Figure:
 
 
 def main() -> None:
-    """Write grid.md, or report.md and report.png, beside this file, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("grid", "final"))
     parser.add_argument("runs", nargs="+")
