@@ -133,7 +133,7 @@ def _refuse_nameless(overrides: Sequence[str]) -> None:
             continue  # composing says what is wrong with it
         group, value = parsed.key_or_group, parsed.value()
         nameless = not isinstance(value, str) and not parsed.is_delete() and not parsed.is_sweep_override()
-        if group in GROUPS and nameless and (group, value) != ("experiment", None):
+        if group in GROUPS and nameless:
             allowed = ", ".join(sorted(choices(group, Path.cwd())))
             raise ConfigError(f"{one}: must be the name of one choice, allowed: {allowed}")
 

@@ -332,6 +332,7 @@ WRONG = {
     "data=digits compute=null": "compute=null: must be the name of one choice, allowed: constant, exponential, ",
     "data=digits availability=[a,b]": "availability=[a,b]: must be the name of one choice, allowed: always, ",
     "local=3": "local=3: must be the name of one choice, allowed: prox, sam, sgd",
+    "experiment=null": "experiment=null: must be the name of one choice, allowed: compass, first, ",
     "seed=0,1": "seed=0,1: several values are a sweep, add -m",
     "--cfg job foo=1": "foo=1: unknown key",
     "--cfg": "--cfg: must be followed by job",
