@@ -98,6 +98,37 @@ def test_seventy_percent_of_the_test_images_are_right(name: str, tmp_path: Path)
     assert (done.summary["mean_staleness"] == 0) == (name in WAITING)
 
 
+# ---- what travels, as each strategy's file says it ------------------------------------------------------
+
+TRAFFIC = {
+    "scaffold": (2, 2, 0),
+    "scaffold_m": (2, 2, 0),
+    "fedavg_m": (2, 1, 0),
+    "fedavg_m_vr": (2, 1, 1),  # and gamma
+    "scaffold_m_vr": (3, 2, 1),
+    **dict.fromkeys(PEERS, (0, 0, 0)),  # in links
+}
+"""Vectors down and up for each result that was used, and numbers down; of the others one vector each way."""
+ASKED = {"rerce", "rerce_clu"}
+"""In which some tasks are the clients' own affair: of each kind of task in ``test_rerce``."""
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ASKED])
+def test_results_that_were_used_cost_the_vectors_that_the_file_says(name: str, tmp_path: Path) -> None:
+    short = ["problem=quadratic", "problem.dimension=7", "clients=6", "cohort=3", "rounds=3", "topology=ring"]
+    more = ["strategy.least_steps=2", "strategy.most_steps=9"] if name == "fedcompass" else ["local.steps=2"]
+    done = run(name, *short, *([] if name == "dpsgd" else more), out=tmp_path / "run")
+    down, up, numbers = TRAFFIC.get(name, (1, 1, 0))
+    vector, number = 7 * 8, 8
+    applied = done.events[done.events.outcome == "applied"]
+    assert len(applied) >= 3
+    assert set(applied.down_bytes) == {down * vector + numbers * number}
+    assert set(applied.up_bytes) == {up * vector}
+    if name in PEERS:
+        degree, steps = 2, 4 if name == "dfedsam_mgs" else 1
+        assert done.summary["up_bytes"] == done.summary["version"] * 6 * degree * steps * vector
+
+
 # ---- the same bits, however it was run -----------------------------------------------------------------
 
 LIVELY = [
