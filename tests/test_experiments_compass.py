@@ -15,7 +15,7 @@ from fedsim.config import compose_run, expand
 
 FOLDER = Path(__file__).parent.parent / "experiments" / "compass"
 METHODS = {"fedavg", "fedasync", "fedbuff", "fedcompass"}
-COMPASS = ["strategy=fedcompass", "local.steps=null", "strategy.least_steps=6", "strategy.most_steps=30"]
+SCHEDULED = ["strategy=fedcompass", "local.steps=null", "strategy.least_steps=6", "strategy.most_steps=30"]
 
 
 def test_every_command_of_the_readme_composes_and_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_a_tiny_member_runs_and_is_summed_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for options in (["strategy=fedavg"], COMPASS):
+    for options in (["strategy=fedavg"], SCHEDULED):
         out = f"out=final/{len(options)}"
         assert main(["run", "experiment=compass", *options, "model.hidden=4", "time_limit=8", out]) == 0
     monkeypatch.setattr(sys, "argv", ["summary.py", "final", "final", "--target", "0.2", "--out", "."])

@@ -34,7 +34,7 @@ class StoppedError(Exception):
     pass
 
 
-def same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path) -> None:
     """Hashes, tables (``group`` too), model and summary of two finished runs."""
     manifests = [json.loads((path / "manifest.json").read_text()) for path in (one, other)]
     for key in ("model_sha256", "events_sha256", "config_sha256"):
@@ -85,7 +85,7 @@ def killed(out: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("strategy", resumable.STRATEGIES)
 def test_killed_at_random_moments(strategy: str, undisturbed: dict[str, Path], tmp_path: Path) -> None:
     assert int(killed(tmp_path / "run", strategy, "random", "7")) >= 10
-    same(tmp_path / "run", undisturbed[strategy])
+    assert_same(tmp_path / "run", undisturbed[strategy])
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_killed_in_the_middle_of_writes(strategy: str, undisturbed: dict[str, Pa
     calls = ("1", "2", "3", "4", "5", "6", "7", "11", "30", "61")
     killed(tmp_path, strategy, "write", *calls)
     for call in calls:
-        same(tmp_path / call, undisturbed[strategy])
+        assert_same(tmp_path / call, undisturbed[strategy])
 
 
 @pytest.mark.parametrize("strategy", resumable.STRATEGIES)
@@ -109,7 +109,7 @@ def test_stopped_after_any_instant(strategy: str, undisturbed: dict[str, Path], 
             resumable.simulate(strategy, out, resume=resume, observer=stop_after(instants), checkpoint=schedule)
         assert not (out / "manifest.json").exists()
     resumable.simulate(strategy, out, resume=True)
-    same(out, undisturbed[strategy])
+    assert_same(out, undisturbed[strategy])
 
 
 # ---- everything a run can hold ----------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_everything_a_run_can_hold_is_saved(at: str, whole: tuple[Path, int], tm
     with pytest.raises(Interrupted):
         everything(tmp_path / "run", observer=interrupt)
     everything(tmp_path / "run", resume=True)
-    same(tmp_path / "run", out)
+    assert_same(tmp_path / "run", out)
 
 
 def test_only_the_last_two_are_kept_and_none_of_a_complete_run(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     with caplog.at_level("WARNING", "fedsim"):
         everything(tmp_path / "run", resume=True)
     assert f"{new}: is damaged" in caplog.text
-    same(tmp_path / "run", whole[0])
+    assert_same(tmp_path / "run", whole[0])
 
 
 def test_without_any_readable_checkpoint_it_says_so_and_leaves_everything(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_sigterm_too_and_handlers_are_given_back(whole: tuple[Path, int], tmp_pa
     assert caught.value.signal == signal.SIGTERM
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
     everything(tmp_path / "run", resume=True)
-    same(tmp_path / "run", whole[0])
+    assert_same(tmp_path / "run", whole[0])
 
 
 # ---- what lies about a run ---------------------------------------------------------------------------
@@ -389,7 +389,7 @@ def test_a_run_completed_meanwhile_is_not_resumed(
 
     with pytest.raises(fedsim.ConfigError, match="this run is complete"):
         everything(out, resume=True, pool=Slow())
-    same(out, whole[0])
+    assert_same(out, whole[0])
 
 
 DAMAGES = {
@@ -444,7 +444,7 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(
     assert "run failed" in (tmp_path / "run/run.log").read_text()
     monkeypatch.setattr(pyarrow.parquet, "write_table", write)
     everything(tmp_path / "run", resume=True)
-    same(tmp_path / "run", whole[0])
+    assert_same(tmp_path / "run", whole[0])
 
 
 def test_a_helper_beside_the_strategy_is_part_of_the_code(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

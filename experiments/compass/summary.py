@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from fedsim.plots import FONT, GREY, metric_against
+from fedsim.report import Question, first_reaching
 from fedsim.runs import Interval, RunRecord, load, over_seeds, readable, strategy_name
 
 METHODS = ("fedavg", "fedasync", "fedbuff", "fedcompass")
@@ -38,8 +39,8 @@ def score(run: RunRecord) -> float:
 
 def time_to(run: RunRecord, target: float) -> float:
     """Virtual seconds to the first evaluation with so much validation accuracy; nan if there is none."""
-    rows = np.flatnonzero(run.column("val_accuracy") >= target)
-    return float(run.column("time")[rows[0]]) if rows.size else math.nan
+    row = first_reaching(run, Question("accuracy", "val_accuracy", target, chosen=False))
+    return math.nan if row is None else float(run.column("time")[row])
 
 
 def shown(interval: Interval, digits: int) -> str:

@@ -38,7 +38,8 @@ def pickled_with_user_code(value: Any) -> list[Bytes]:
     """
     cloudpickle: Any = import_module("ray.cloudpickle")
     # By their own names, for a module may stand in sys.modules under several.
-    ours = list({module.__name__: module for module in list(sys.modules.values()) if _is_users(module)}.values())
+    roots = _installed()
+    ours = list({each.__name__: each for each in list(sys.modules.values()) if _is_users(each, roots)}.values())
     for module in ours:
         cloudpickle.register_pickle_by_value(module)
     file, buffers = io.BytesIO(), list[Bytes]()
@@ -90,13 +91,17 @@ def _as_tensor(memory: Bytes, dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory).view(dtype)
 
 
-def _is_users(module: ModuleType) -> bool:
+def _installed() -> list[Path]:
+    """Where packages lie that workers have, too."""
+    # Environments may lie on one another: packages of the lower one are on the path, outside the prefix.
+    packages = [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
+    return [Path(root).resolve() for root in (sys.prefix, sys.base_prefix, sys.exec_prefix, *packages)]
+
+
+def _is_users(module: ModuleType, installed: Sequence[Path]) -> bool:
     """Whether a module lies outside every installed package: no worker elsewhere has it."""
     file = getattr(module, "__file__", None)
     if file is None or module.__name__ == "__main__" or module.__name__.partition(".")[0] == "fedsim":
         return False
     path = Path(file).resolve()
-    # Environments may lie on one another: packages of the lower one are on the path, outside the prefix.
-    packages = (entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages"))
-    roots = (sys.prefix, sys.base_prefix, sys.exec_prefix, *packages)
-    return path.suffix == ".py" and not any(path.is_relative_to(Path(root).resolve()) for root in roots)
+    return path.suffix == ".py" and not any(path.is_relative_to(root) for root in installed)

@@ -109,13 +109,9 @@ class Lifecycle:
             return
         self.preparation.prepare(batch, self._measure)
         plan(batch, sim.system, sim.kernel.now)
-        schedule = sim.kernel.schedule
         for task in batch:
             self.traffic.begin(task)
-            if task.ended is None and task.order.deadline is None:  # as _schedule does, for this is what most come to
-                task.handle = schedule(task.arrived, Phase.ARRIVAL, ("arrive", task), task.client, task.id)
-            else:
-                self._schedule(task)
+            self._schedule(task)
             if task.ended is not None:
                 task.work = task.result = None  # it will drop out, so nobody will see its result
             elif task.result is None:
@@ -311,18 +307,13 @@ class Lifecycle:
 
     def accept(self, replies: Sequence[Reply], version: int) -> None:
         """A published model was made from these replies: they are applied and their clients' new states kept."""
-        put, known = self.log.put, self._open
         for reply in replies:
             task = self._arrived(reply)
             assert task.result is not None
             if task.result.state:
                 self.states.commit(task.client, task.result.state)
             self.sim.staleness_sum += version - task.version
-            put(task.id, task.arrived_row("applied", version))
-            task.status = Status.DECIDED
-            task.result = None
-            del known[task.id]
-            self.outcomes["applied"] += 1
+            self._decide(task, "applied", version)
 
     def refuse(self, reply: Reply, why: str) -> None:
         """``Federation.reject``."""
@@ -334,10 +325,9 @@ class Lifecycle:
             raise ValueError(f"the reply of task {reply.task.id} (client {reply.client}) was used or rejected before")
         return task
 
-    def _decide(self, task: LiveTask, outcome: str) -> None:
-        """The outcome of a task whose result is not applied."""
+    def _decide(self, task: LiveTask, outcome: str, applied_version: int | None = None) -> None:
         if task.status is Status.ARRIVED:
-            row = task.arrived_row(outcome, None)
+            row = task.arrived_row(outcome, applied_version)
         else:
             now = self.sim.kernel.now
             moved = task.moved(now, self.sim.system)

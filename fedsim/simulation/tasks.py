@@ -122,30 +122,16 @@ class LiveTask:
 
     def arrived_row(self, outcome: str, applied_version: int | None) -> Row:
         """Its row in ``events`` once it has arrived: it came to all its times, and its bytes moved whole."""
-        order = self.order
-        return (
-            self.id,
-            self.client,
-            order.job,
-            "" if order.tag is None else str(order.tag),
-            order.dispatched / NS,
-            self.started / NS,
-            self.computed / NS,
-            self.upload_started / NS,
-            self.arrived / NS,
-            self.version,
-            applied_version,
-            None if applied_version is None else applied_version - self.version,
-            self.steps,
-            self.samples,
-            self.down_bytes,
-            self.up_bytes,
-            self.group,
-            outcome,
-        )
+        times = self.started / NS, self.computed / NS, self.upload_started / NS, self.arrived / NS
+        return self._row(outcome, times, (self.down_bytes, self.up_bytes), applied_version)
 
     def cut_row(self, now: int, outcome: str, moved: tuple[int, int]) -> Row:
         """Its row in ``events`` if it has not arrived by ``now``; times it never came to are missing."""
+        return self._row(outcome, self._times(now), moved, None)
+
+    def _row(
+        self, outcome: str, times: tuple[float | None, ...], moved: tuple[int, int], applied_version: int | None
+    ) -> Row:
         order = self.order
         return (
             self.id,
@@ -153,10 +139,10 @@ class LiveTask:
             order.job,
             "" if order.tag is None else str(order.tag),
             order.dispatched / NS,
-            *self._times(now),
+            *times,
             self.version,
-            None,
-            None,
+            applied_version,
+            None if applied_version is None else applied_version - self.version,
             max(self.steps, 0),
             self.samples,
             *moved,
