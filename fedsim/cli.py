@@ -86,7 +86,7 @@ def _command(given: list[str]) -> int:
     if options.command == "list":
         from fedsim import reference
 
-        return reference.show(options.group, Path.cwd())
+        return reference.show(options.group, Path.cwd(), options.format)
     if options.command == "traces":
         return _traces(options)
     if options.command == "doctor":
@@ -130,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--metric", help="metric to report; default accuracy, distance or loss")
     listing = commands.add_parser("list", help="what can be chosen: all groups, or one")
     listing.add_argument("group", nargs="?", help="a group, such as strategy or compute")
+    listing.add_argument("--format", default="plain", help="plain (default), or markdown: a table of the strategies")
     _add_traces(commands)
     commands.add_parser("doctor", help="check this installation and machine")
     return parser

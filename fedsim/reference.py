@@ -1,10 +1,16 @@
-"""``fedsim list`` and ``fedsim run --help``, read from the yaml files, so that they cannot go out of date."""
+"""``fedsim list`` and ``fedsim run --help``, read from the yaml files, so that they cannot go out of date.
+
+The table of strategies is read from their docstrings as well.
+"""
 
 from __future__ import annotations
 
+import ast
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
-from fedsim.checks import ConfigError, nearest
+from fedsim.checks import ConfigError, nearest, one_of
 from fedsim.config import choices, config_folder, described, groups
 
 HYDRA_FLAGS = """\
@@ -41,11 +47,16 @@ def run_help(folder: Path) -> str:
     return "\n".join([*lines, "", units, "", HYDRA_FLAGS])
 
 
-def show(group: str | None, folder: Path) -> int:
-    """Print the choices of one group with their keys, or of all groups."""
+def show(group: str | None, folder: Path, format: str = "plain") -> int:
+    """Print the choices of one group with their keys, or of all groups; strategies also as a Markdown table."""
     known = list(groups(folder))
     if group is not None and group not in known:
         raise ConfigError(f"{group}: unknown group, {nearest(group, known)}")
+    if one_of("format", format, ("plain", "markdown")) == "markdown":
+        if group != "strategy":
+            raise ConfigError(f"format=markdown: only `fedsim list strategy` has a table, not {group or 'all groups'}")
+        print(strategy_table(folder), end="")
+        return 0
     for name in known if group is None else [group]:
         if group is None:
             print(name)
@@ -55,6 +66,40 @@ def show(group: str | None, folder: Path) -> int:
             if group is not None:
                 print("\n".join([*_keys(path, f"{name}."), ""]))
     return 0
+
+
+def strategy_table(folder: Path) -> str:
+    """All strategies as a Markdown table: paper and traffic from their docstrings, the rest from their yaml files.
+
+    Nothing of a strategy is run for it. Traffic is in vectors of the model's size.
+    """
+    lines = ["| `strategy=` | what it is | paper | vectors that travel |", "|---|---|---|---|"]
+    for name, path in sorted(choices("strategy", folder).items()):
+        what, authors = re.fullmatch(r"(.*?)(?: \(([^()]* \d{4})\))?", described(path)[0]).groups()  # type: ignore[union-attr]
+        docstring = _docstring(path)
+        arxiv = re.search(r"arXiv:?\s+(\d{4}\.\d{4,5})", docstring.partition("\n\n")[0])
+        paper = f"[{authors or arxiv[1]}](https://arxiv.org/abs/{arxiv[1]})" if arxiv else authors or ""
+        lines.append(f"| `{name}` | {what} | {paper} | {_traffic(docstring)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _docstring(path: Path) -> str:
+    """Of the module that a yaml file's ``_target_`` lies in, without importing it; empty where it cannot be found."""
+    found = re.search(r"^_target_: *([\w.]+)\.\w+", path.read_text(), re.M)
+    try:
+        spec = find_spec(found[1]) if found else None
+        return (ast.get_docstring(ast.parse(Path(str(spec.origin)).read_text())) or "") if spec else ""
+    except (ImportError, OSError, SyntaxError, UnicodeDecodeError):
+        return ""
+
+
+def _traffic(docstring: str) -> str:
+    """The first statement after ``Traffic``, without what is in parentheses."""
+    found = re.search(r"^Traffic +(.*(?:\n +.*)*)", docstring, re.M)
+    if not found:
+        return ""
+    text = re.sub(r" \([^()]*(?:\([^()]*\)[^()]*)*\)", "", re.sub(r"\s+", " ", found[1]))
+    return re.split(r"[;.](?: |$)", text)[0].strip()
 
 
 def _keys(path: Path, prefix: str) -> list[str]:

@@ -388,6 +388,8 @@ def test_wrong_configuration(arguments: str, folder: Path, capsys: pytest.Captur
         (["report", "nowhere"], "nowhere"),
         (["report"], "DIR"),
         (["list", "stratgy"], "did you mean 'strategy'?"),
+        (["list", "compute", "--format", "markdown"], "format=markdown: only `fedsim list strategy` has a table"),
+        (["list", "strategy", "--format", "latex"], "format=latex"),
         (["runn"], "runn"),
         (["--bogus"], "--bogus"),
         (["report", "x", "--bogus"], "--bogus"),

@@ -78,6 +78,24 @@ def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -
             assert capsys.readouterr().out
 
 
-def test_every_strategy_is_in_the_table() -> None:
+def test_table_of_strategies_is_the_generated_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "strategy", "--format", "markdown"]) == 0
+    table = capsys.readouterr().out
+    assert table in README
     for path in (ROOT / "conf/strategy").glob("*.yaml"):
-        assert f"| `{path.stem}` |" in README
+        assert f"| `{path.stem}` |" in table
+
+
+def test_table_reads_a_strategy_of_ones_own_without_running_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(folder)
+    (folder / "strange.py").write_text(
+        '"""Strange (A, B 2031, arXiv\n3101.00001).\n\nTraffic   7 d (x, (y, z)) down, 1 d\n   up; etc."""\n\n1 / 0'
+    )
+    (folder / "strange.yaml").write_text("# Strange: it is (A, B 2031)\n_target_: strange.Strange\n")
+    (folder / "lost.yaml").write_text("# Nowhere f(x)\n_target_: nowhere.Lost\n")
+    assert main(["list", "strategy", "--format", "markdown"]) == 0
+    table = capsys.readouterr().out
+    assert "| `strange` | Strange: it is | [A, B 2031](https://arxiv.org/abs/3101.00001) | 7 d down, 1 d up |" in table
+    assert "| `lost` | Nowhere f(x) |  |  |" in table
