@@ -42,7 +42,7 @@ class Given(compute.Compute):
         super().__init__()
         self.seconds = seconds
 
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
         return np.array(self.seconds, dtype=np.float64)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from fedsim.cli import main
@@ -43,6 +44,33 @@ def test_own_strategy_is_twenty_lines_and_runs(folder: Path, capsys: pytest.Capt
     assert float(found[1]) > 0.5  # it learns: chance is 0.1
 
 
+@pytest.fixture
+def own_parts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that the README has its reader write for a device model and a problem."""
+    monkeypatch.syspath_prepend(folder)
+    python, settings = blocks("python"), blocks("yaml")
+    files = {"phones.py": python[2], "medians.py": python[3]}
+    files |= {"conf/compute/two_kinds.yaml": settings[1], "conf/problem/median.yaml": settings[2]}
+    for name, text in files.items():
+        assert name.rpartition("conf/")[2] in README
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_own_device_model_and_problem_run(own_parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = "fedsim run problem=median compute=two_kinds compute.share=0.5 local.lr=1 rounds=20"
+    assert f"    {shown}\n" in README
+    assert main([*shown.split()[1:], "out=mine"]) == 0
+    clients = pd.read_parquet("mine/clients.parquet")
+    assert set(clients["seconds_per_step"]) == {0.1, 1.0}
+    assert 35 < (clients["seconds_per_step"] == 1.0).sum() < 65
+    # The numbers lie in 10 .. 16 with a deviation of 1: their median is near 13, its mean distance near 1.9.
+    assert pd.read_parquet("mine/metrics.parquet")["loss"].iloc[-1] < 2.1
+    assert main(["run", "compute=two_kinds", "compute.share=many"]) == 2
+    assert "compute.share=many: must be a number" in capsys.readouterr().err
+
+
 def stopped_run(path: str) -> None:
     """A run that was stopped in its first instants."""
     from fedsim.assemble import Assembly
@@ -55,6 +83,7 @@ def stopped_run(path: str) -> None:
         Assembly(*compose_run(["problem=quadratic", "rounds=3", f"out={path}"], Path.cwd())).run(stop)
 
 
+@pytest.mark.usefixtures("own_parts")
 def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     """Each `fedsim run ...` line composes and builds; the cheap ones run whole elsewhere."""
     from fedsim.assemble import Assembly

@@ -417,7 +417,7 @@ def test_a_failed_run_lets_go_of_its_log(tmp_path):
 
 def test_a_failed_run_keeps_what_was_finished_beside_one_slow_client(tmp_path):
     class Given(compute.Compute):
-        def _speeds(self, clients, draw):
+        def speeds(self, clients, draw):
             return np.array([1000.0, *[1.0] * (clients - 1)])
 
     out = tmp_path / "run"

@@ -45,7 +45,7 @@ class Compute(ABC):
     def prepare(self, clients: int, randomness: Randomness) -> None:
         """Draw the speeds of clients ``0 .. clients - 1``."""
         self._randomness = randomness
-        self.seconds_per_step = self._speeds(clients, randomness("compute.speed", np.arange(clients)))
+        self.seconds_per_step = self.speeds(clients, randomness("compute.speed", np.arange(clients)))
 
     def durations(self, clients: Ids, steps: int | NDArray[np.int64], nth: NDArray[np.int64]) -> Nanoseconds:
         """How long the ``nth[i]``-th task of ``clients[i]`` computes for ``steps[i]`` steps: int64 ns ``[k]``.
@@ -74,8 +74,8 @@ class Compute(ABC):
         return np.exp(math.sqrt(variance) * draw.normal() - variance / 2)
 
     @abstractmethod
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
-        """Seconds per step ``[clients]``; ``draw`` holds one key per client."""
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        """Seconds per step ``[clients]``; ``draw`` holds one key per client, so nobody's speed depends on others."""
 
 
 class Constant(Compute):
@@ -85,7 +85,8 @@ class Constant(Compute):
         super().__init__(jitter, jitter_law)
         self.mean = seconds("mean", mean, above=0)
 
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        """The same for all."""
         return np.full(clients, self.mean)
 
 
@@ -99,7 +100,8 @@ class Uniform(Compute):
         self.low = seconds("low", low, least=0)
         self.high = seconds("high", high, least=self.low, above=0)
 
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        """Between both ends."""
         return self.low + (self.high - self.low) * draw.uniform()
 
 
@@ -116,7 +118,8 @@ class Lognormal(Compute):
         self.mean = seconds("mean", mean, above=0)
         self.sigma = number("sigma", sigma, least=0, most=WIDEST)
 
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        """Around the median ``mean * exp(-sigma**2 / 2)``."""
         return self.mean * np.exp(self.sigma * draw.normal() - self.sigma**2 / 2)
 
 
@@ -127,7 +130,8 @@ class Exponential(Compute):
         super().__init__(jitter, jitter_law)
         self.mean = seconds("mean", mean, above=0)
 
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        """Around the mean."""
         return self.mean * draw.exponential()
 
 
@@ -156,7 +160,8 @@ class Normal(Compute):
         self.mean = seconds("mean", mean, above=0)
         self.spread = number("spread", spread, least=0, most=1)
 
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        """Above 0."""
         return self.mean * positive_normals(draw, self.spread)
 
 
@@ -184,6 +189,7 @@ class Linear(Compute):
         self.slowest = seconds("slowest", slowest, above=0)
         self.spread = number("spread", spread, least=0, below=100)
 
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        """From the slowest down."""
         position = np.arange(clients) / max(1, clients - 1)
         return self.slowest * (1.0 - self.spread / 100 * position)

@@ -300,7 +300,8 @@ class TraceCompute(Compute):
         self.path, self.sha256 = str(path), self._trace.sha256
         _measured(self._trace, self.path, ("seconds_per_step",))
 
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        """Those of the devices that the clients are."""
         return self._trace.columns["seconds_per_step"][self._trace.of_clients(clients, self._randomness)]
 
 
