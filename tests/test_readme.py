@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +17,8 @@ from fedsim.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FEDSIM = Path(sys.executable).with_name("fedsim")
+CLUSTER = "10.0.0.1:6379"
 
 
 def blocks(language: str) -> list[str]:
@@ -128,3 +134,32 @@ def test_table_reads_a_strategy_of_ones_own_without_running_it(
     table = capsys.readouterr().out
     assert "| `strange` | Strange: it is | [A, B 2031](https://arxiv.org/abs/3101.00001) | 7 d down, 1 d up |" in table
     assert "| `lost` | Nowhere f(x) |  |  |" in table
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a Ray cluster that is there already."""
+    from ray.cluster_utils import Cluster
+
+    running = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield str(running.address)
+    running.shutdown()
+
+
+@pytest.mark.slow
+def test_every_command_shown_runs_as_it_stands_one_after_the_other(own_parts: Path, cluster: str) -> None:
+    (own_parts / "delaydrop.py").write_text(blocks("python")[1])
+    (own_parts / "delaydrop.yaml").write_text(blocks("yaml")[0])
+    commands = list(dict.fromkeys(re.findall(r"^    fedsim (.*?)\s*(?:#.*)?$", README, re.M)))
+    assert len(commands) > 20
+    for command in commands:
+        words = command.replace(CLUSTER, cluster).split()
+        if words[0] == "resume":
+            shutil.rmtree(words[1])
+            stopped_run(words[1])
+        done = subprocess.run([FEDSIM, *words], cwd=own_parts, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert done.stdout.strip(), command
+    for manifest in own_parts.glob("runs/**/manifest.json"):
+        assert len(pd.read_parquet(manifest.parent / "events.parquet"))
+    assert len(list(own_parts.glob("runs/*"))) >= sum(command.startswith("run ") for command in commands) - 8
