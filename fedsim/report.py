@@ -21,7 +21,7 @@ from rich.text import Text
 
 from fedsim import plots
 from fedsim.checks import ConfigError, FedsimError, nearest, number, one_of
-from fedsim.runs import Floats, Interval, RunRecord, group, load, over_seeds, readable, strategy_name
+from fedsim.runs import Floats, Interval, RunRecord, common_folder, group, load, over_seeds, readable, strategy_name
 
 FORMATS = ("rich", "markdown", "csv")
 DEFAULTS = ("accuracy", "distance", "loss")  # the test metric is the first of these that every run has
@@ -99,11 +99,16 @@ def main(
     else:
         text = as_csv(rows, question) if format == "csv" else as_markdown(rows, question, heading, clock)
         sys.stdout.write(_printable(text))
-    folder = Path(out) if out is not None else _default_folder(directories)
+    folder = Path(out) if out is not None else common_folder(directories)
     if folder is None:
         line = "no figure: the runs share no folder to put it in, name one with --out"
     else:
-        figure = plots.overview(groups, question.metric, target=question.target, judged_on=question.judged_on)
+        figure = plots.overview(
+            groups,
+            question.metric,
+            targets=[] if question.target is None else [question.target],
+            judged_on=question.judged_on,
+        )
         save(folder, figure, as_csv(rows, question), as_markdown(rows, question, heading, clock))
         line = f"figure: {folder / 'report.png'} (also report.pdf, report.csv, report.md)"
     # A table that goes to a file or to another program stays a table.
@@ -297,16 +302,6 @@ def _printable(text: str) -> str:
     except (UnicodeEncodeError, LookupError):
         return text.replace("±", "+/-").encode("ascii", "backslashreplace").decode("ascii")
     return text
-
-
-def _default_folder(directories: Sequence[str]) -> Path | None:
-    first = Path(directories[0])
-    if not (first / "manifest.json").exists():
-        return first
-    common = Path(os.path.commonpath([os.path.abspath(each) for each in directories]))
-    # Further up lies what the user did not name: not a place to leave files in.
-    inside = {Path(os.path.abspath(first)): first, Path(os.path.abspath(first)).parent: first.parent}
-    return inside.get(common)
 
 
 def _clock(groups: Groups) -> str:

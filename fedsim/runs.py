@@ -92,6 +92,17 @@ class RunRecord:
         """A row per task; seconds and bytes. Raises :class:`FedsimError` if unreadable."""
         return _read_table(self.path / "events.parquet")
 
+    @cached_property
+    def clients(self) -> pandas.DataFrame:
+        """A row per client. Raises :class:`FedsimError` if unreadable."""
+        return _read_table(self.path / "clients.parquet")
+
+    @cached_property
+    def links(self) -> pandas.DataFrame:
+        """A row per message between nodes; empty for methods without. Raises :class:`FedsimError` if unreadable."""
+        path = self.path / "links.parquet"
+        return _read_table(path) if path.exists() else pandas.DataFrame({"src": [], "dst": []})
+
     def column(self, name: str) -> Floats:
         """One column of ``metrics`` as it was stored; ``bytes`` is up plus down."""
         if name == "bytes":
@@ -128,6 +139,17 @@ def load(directories: Iterable[str | os.PathLike[str]], warn: Warn = say) -> lis
         except FedsimError as error:
             warn(f"run left out: {error}")
     return runs
+
+
+def common_folder(directories: Sequence[str]) -> Path | None:
+    """Where files about runs go: the first directory if it holds runs, else the folder of all arguments, if any."""
+    first = Path(directories[0])
+    if not (first / "manifest.json").exists():
+        return first
+    common = Path(os.path.commonpath([os.path.abspath(each) for each in directories]))
+    # Further up lies what the user did not name: not a place to leave files in.
+    inside = {Path(os.path.abspath(first)): first, Path(os.path.abspath(first)).parent: first.parent}
+    return inside.get(common)
 
 
 def readable(runs: Iterable[RunRecord], warn: Warn = say) -> list[RunRecord]:
