@@ -96,10 +96,16 @@ def _command(given: list[str]) -> int:
         given = sorted(given, key=lambda word: word == "--allow-changes")
     options = _parser().parse_args(given)
     if options.command == "report":
-        from fedsim import report
+        from fedsim.report import command as report
 
         return report.main(
-            options.directories, format=options.format, out=options.out, target=options.target, metric=options.metric
+            options.directories,
+            format=options.format,
+            out=options.out,
+            target=report.levels(options.target),
+            metric=options.metric,
+            baseline=options.baseline,
+            html=options.html,
         )
     if options.command == "plot":
         from fedsim.plots import command
@@ -154,8 +160,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("directories", nargs="+", metavar="DIR", help="a run, or a folder with runs below it")
     report.add_argument("--format", default="rich", help="rich (default), markdown or csv")
     report.add_argument("--out", help="folder for the figure and the tables")
-    report.add_argument("--target", type=float, help="level to reach; default the runs' own, else chosen from the data")
+    report.add_argument(
+        "--target",
+        action="append",
+        metavar="LEVEL,...",
+        help="level to reach, or several (0.6,0.7); default the runs' own, else chosen from the data",
+    )
     report.add_argument("--metric", help="metric to report; default accuracy, distance or loss")
+    report.add_argument(
+        "--baseline", metavar="GROUP", help="hold the other groups against this one, seed by seed (fedavg, say)"
+    )
+    report.add_argument("--html", action="store_true", help="write report.html too: one page with tables and figures")
     _add_plot(commands)
     listing = commands.add_parser("list", help="what can be chosen: all groups, or one")
     listing.add_argument("group", nargs="?", help="a group, such as strategy or compute")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from fedsim.checks import ConfigError, FedsimError, number, one_of
 from fedsim.plots import curves, graph, heatmaps, histograms, timeline
 from fedsim.plots.records import as_groups, say
-from fedsim.plots.style import COLUMN, FONT, folded, key, legend_below, new_figure, save, save_all
+from fedsim.plots.style import CHARACTERS, COLUMN, FONT, folded, key, legend_below, new_figure, save, save_all
 from fedsim.runs import RunRecord, common_folder, load
 
 Groups = Mapping[str, Sequence[RunRecord]]
@@ -119,9 +119,11 @@ def drawing(name: str, groups: Groups, *, metric: str | None = None, width: floa
             legend_below(figure, [key(index, label) for index, label in enumerate(groups)])
         return figure
     columns = min(len(groups), max(1, int(width / kind.least)))
+    word = max(len(word) for label in groups for word in label.split())
+    while columns > 1 and _title_inches(width / columns) * CHARACTERS < word:
+        columns -= 1
     rows = math.ceil(len(groups) / columns)
-    # Titles are larger than what a legend holds, and as wide as their axes at most.
-    titles = [folded(label, 0.85 * (width / columns - 0.8)) if len(groups) > 1 else "" for label in groups]
+    titles = [folded(label, _title_inches(width / columns)) if len(groups) > 1 else "" for label in groups]
     tall = 0.14 * max(title.count("\n") for title in titles)
     figure = new_figure(width, (kind.height * (1 if columns == 1 else 0.75) + tall) * rows)
     panels = figure.subplots(rows, columns, squeeze=False)
@@ -134,6 +136,11 @@ def drawing(name: str, groups: Groups, *, metric: str | None = None, width: floa
         _name_once(panel, place, columns, len(groups))
     legend_below(figure, timeline.legend(shown) if name == "timeline" else [])
     return figure
+
+
+def _title_inches(panel: float) -> float:
+    """Room for a panel's title: as wide as the axes at most, in letters larger than a legend's."""
+    return 0.85 * (panel - 0.8)
 
 
 def _name_once(panel: Axes, place: int, columns: int, count: int) -> None:
