@@ -1,4 +1,4 @@
-"""The command line: ``fedsim run | resume | report | list | traces | doctor``."""
+"""The command line: ``fedsim run | resume | report | plot | list | traces | doctor``."""
 
 from __future__ import annotations
 
@@ -32,6 +32,28 @@ a trace of your own is a folder with two parquet tables:
   presence.parquet   device, online, offline: a row per span online, in seconds from 0 to the device's period,
                      after which all of it begins anew; goes with the column period
 each client is one of the devices, drawn by the seed: the same one for compute, network and availability
+"""
+
+PLOTS = """\
+figures of all groups (runs that differ in the seed only are a group: mean and 95 % band)
+  time             a metric against virtual time
+  rounds           a metric against rounds
+  updates          a metric against client results received
+  bytes            a metric against traffic, up plus down
+  staleness        how stale the applied results were
+  client_accuracy  final accuracy on the clients' own examples (problem.client_test=0.2)
+  consensus        how far the models of peers are from their mean
+
+figures with a panel for each group
+  timeline         what each client does when, and the server's versions; the group's first run
+  participation    results applied from each client in the course of time
+  partition        training examples of each class at each client; the group's first run
+  topology         which peers have talked to each other; the group's first run
+
+examples:
+  fedsim plot time runs/mine                                    runs/mine/figures/time.png and .pdf
+  fedsim plot bytes runs/mine --metric loss --width 5.5
+  fedsim plot timeline runs/mine/fedbuff_seed0 --out timeline.pdf
 """
 
 
@@ -74,10 +96,22 @@ def _command(given: list[str]) -> int:
         given = sorted(given, key=lambda word: word == "--allow-changes")
     options = _parser().parse_args(given)
     if options.command == "report":
-        from fedsim import report
+        from fedsim.report import command as report
 
         return report.main(
-            options.directories, format=options.format, out=options.out, target=options.target, metric=options.metric
+            options.directories,
+            format=options.format,
+            out=options.out,
+            target=report.levels(options.target),
+            metric=options.metric,
+            baseline=options.baseline,
+            html=options.html,
+        )
+    if options.command == "plot":
+        from fedsim.plots import command
+
+        return command.main(
+            options.name, options.directories, out=options.out, metric=options.metric, width=options.width
         )
     if options.command == "resume":
         from fedsim import running
@@ -126,14 +160,40 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("directories", nargs="+", metavar="DIR", help="a run, or a folder with runs below it")
     report.add_argument("--format", default="rich", help="rich (default), markdown or csv")
     report.add_argument("--out", help="folder for the figure and the tables")
-    report.add_argument("--target", type=float, help="level to reach; default the runs' own, else chosen from the data")
+    report.add_argument(
+        "--target",
+        action="append",
+        metavar="LEVEL,...",
+        help="level to reach, or several (0.6,0.7); default the runs' own, else chosen from the data",
+    )
     report.add_argument("--metric", help="metric to report; default accuracy, distance or loss")
+    report.add_argument(
+        "--baseline", metavar="GROUP", help="hold the other groups against this one, seed by seed (fedavg, say)"
+    )
+    report.add_argument("--html", action="store_true", help="write report.html too: one page with tables and figures")
+    _add_plot(commands)
     listing = commands.add_parser("list", help="what can be chosen: all groups, or one")
     listing.add_argument("group", nargs="?", help="a group, such as strategy or compute")
     listing.add_argument("--format", default="plain", help="plain (default), or markdown: a table of the strategies")
     _add_traces(commands)
     commands.add_parser("doctor", help="check this installation and machine")
     return parser
+
+
+def _add_plot(commands: argparse._SubParsersAction[_Parser]) -> None:
+    plot = commands.add_parser(
+        "plot",
+        help="one figure of finished runs, such as a timeline of the clients",
+        description="Draw one figure of finished runs, as PNG and PDF, one column of a paper wide.",
+        epilog=PLOTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    plot.add_argument("name", metavar="NAME", help="which figure, see below")
+    plot.add_argument("directories", nargs="+", metavar="DIR", help="a run, or a folder with runs below it")
+    plot.add_argument("--out", metavar="FILE", help=".png, .pdf or .svg; default DIR/figures/NAME.png and .pdf")
+    plot.add_argument("--metric", help="column to draw; default accuracy, distance or loss")
+    plot.add_argument("--width", type=float, default=3.3, metavar="INCHES", help="3.3 (default) or 5.5, say")
 
 
 def _add_traces(commands: argparse._SubParsersAction[_Parser]) -> None:

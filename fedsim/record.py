@@ -387,7 +387,7 @@ GROWING = ("events", "links")
 RUN_FILES = (
     MARKER, "config.yaml", "manifest.json", "summary.json", "run.log", "model.safetensors", "checkpoint",
     *(f"{table}.parquet" for table in ("metrics", "events", "clients", "links")),
-    *(f"report.{kind}" for kind in ("png", "pdf", "csv", "md")),
+    *(f"report.{kind}" for kind in ("png", "pdf", "csv", "md", "html")), "figures", "tensorboard",
 )  # fmt: skip
 """All that a run's directory may hold, drafts of these apart."""
 

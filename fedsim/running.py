@@ -16,7 +16,7 @@ from fedsim.progress import LiveProgress, ended
 from fedsim.recording import begun, is_complete
 from fedsim.sweeps import Composed, hydra_main, sweep
 
-COMMANDS = ("run", "resume", "report", "list", "traces", "doctor")
+COMMANDS = ("run", "resume", "report", "plot", "list", "traces", "doctor")
 MULTIRUN = ("-m", "--multirun")
 JOBS = ("-j", "--jobs")
 

@@ -26,7 +26,7 @@ Warn = Callable[[str], None]
 
 # What a run's numbers do not depend on: where it is written, how it was executed and what it said meanwhile.
 # Everything else keeps runs apart; a key is added here only if it cannot change a result.
-IGNORED = frozenset({"seed", "out", "overwrite", "pool", "progress", "verbose", "quiet", "checkpoint"})
+IGNORED = frozenset({"seed", "out", "overwrite", "pool", "progress", "verbose", "quiet", "checkpoint", "tracker"})
 NEEDED = ("round", "time", "up_bytes", "down_bytes")
 UNSET = "unset"
 
@@ -92,6 +92,17 @@ class RunRecord:
         """A row per task; seconds and bytes. Raises :class:`FedsimError` if unreadable."""
         return _read_table(self.path / "events.parquet")
 
+    @cached_property
+    def clients(self) -> pandas.DataFrame:
+        """A row per client. Raises :class:`FedsimError` if unreadable."""
+        return _read_table(self.path / "clients.parquet")
+
+    @cached_property
+    def links(self) -> pandas.DataFrame:
+        """A row per message between nodes; empty for methods without. Raises :class:`FedsimError` if unreadable."""
+        path = self.path / "links.parquet"
+        return _read_table(path) if path.exists() else pandas.DataFrame({"src": [], "dst": []})
+
     def column(self, name: str) -> Floats:
         """One column of ``metrics`` as it was stored; ``bytes`` is up plus down."""
         if name == "bytes":
@@ -130,6 +141,17 @@ def load(directories: Iterable[str | os.PathLike[str]], warn: Warn = say) -> lis
     return runs
 
 
+def common_folder(directories: Sequence[str]) -> Path | None:
+    """Where files about runs go: the first directory if it holds runs, else the folder of all arguments, if any."""
+    first = Path(directories[0])
+    if not (first / "manifest.json").exists():
+        return first
+    common = Path(os.path.commonpath([os.path.abspath(each) for each in directories]))
+    # Further up lies what the user did not name: not a place to leave files in.
+    inside = {Path(os.path.abspath(first)): first, Path(os.path.abspath(first)).parent: first.parent}
+    return inside.get(common)
+
+
 def readable(runs: Iterable[RunRecord], warn: Warn = say) -> list[RunRecord]:
     """The runs whose metrics can be read; a line for each of the others."""
     kept = []
@@ -147,8 +169,8 @@ def group(runs: Iterable[RunRecord], warn: Warn = say) -> dict[str, list[RunReco
     """Groups of runs that differ in nothing but the seed (and :data:`IGNORED`), by label, in the order of labels.
 
     A label holds what differs between the groups, as short as it can be. Of a (configuration, seed) that
-    occurs twice the first is kept. ``warn`` hears of that, and of a group run with several versions of
-    fedsim or torch or on several instruction sets, where equal seeds need not give equal bits.
+    occurs twice the first is kept. ``warn`` hears of that, and of runs made by several versions or codes or on several
+    instruction sets or machines, where equal seeds need not give equal bits.
     """
     found: dict[str, list[RunRecord]] = {}
     for run in runs:
@@ -163,12 +185,26 @@ def group(runs: Iterable[RunRecord], warn: Warn = say) -> dict[str, list[RunReco
         warn(f"same configuration and seed {run.seed} twice: {twin.path} kept, {run.path} left out{differ}")
     labels = _labels([members[0] for members in found.values()])
     groups = dict(zip(labels, found.values(), strict=True))
-    for label, members in groups.items():
-        for name in ("fedsim", "torch", "instruction_set"):
-            seen = sorted({str(_version(run.manifest, name)) for run in members})
-            if len(seen) > 1:
-                warn(f"group {label}: runs differ in {name.replace('_', ' ')} ({', '.join(seen)})")
+    for line in _unlike(groups):
+        warn(line)
     return {label: groups[label] for label in sorted(groups, key=_natural)}
+
+
+def distinctions(groups: Mapping[str, Sequence[RunRecord]]) -> dict[str, dict[str, str]]:
+    """What tells each group from the others, as its label says it: settings such as ``partition.alpha`` and values."""
+    firsts = [members[0] for members in groups.values()]
+    settings = [_settings(run) for run in firsts]
+    parts = [_distinct(run, own, settings) for run, own in zip(firsts, settings, strict=True)]
+    return dict(zip(groups, parts, strict=True))
+
+
+def configuration_differences(groups: Mapping[str, Sequence[RunRecord]]) -> dict[str, list[str]]:
+    """Every setting in which groups differ, dotted, with its value in each group in their order."""
+    settings = [_settings(members[0]) for members in groups.values()]
+    keys = dict.fromkeys(key for own in settings for key in own)
+    return {
+        key: [_text(own, key) for own in settings] for key in keys if len({_value(own, key) for own in settings}) > 1
+    }
 
 
 def strategy_name(run: RunRecord) -> str:
@@ -237,10 +273,39 @@ def _reason(error: Exception) -> str:
     return f"cannot be read ({lines[0] if lines else type(error).__name__})"
 
 
-def _version(manifest: Mapping[str, Any], name: str) -> Any:
+def _unlike(groups: Mapping[str, Sequence[RunRecord]]) -> list[str]:
+    """A line for all in which runs of one group were made by something else, and for all in which groups were."""
+    lines = []
+    for label, members in groups.items():
+        made = [_made_by(run) for run in members]
+        for name in dict.fromkeys(name for each in made for name in each):
+            seen = sorted({str(each.get(name)) for each in made})
+            if len(seen) > 1:
+                lines.append(f"group {label}: runs differ in {name} ({', '.join(seen)})")
+    firsts = {label: _made_by(members[0]) for label, members in groups.items()}
+    told = {line.partition(" differ in ")[2].rpartition(" (")[0] for line in lines}
+    for name in dict.fromkeys(name for each in firsts.values() for name in each):
+        # The code of somebody's own strategy is another one, of course.
+        having = {label: made for label, made in firsts.items() if name != "code" or _is_ours(groups[label][0])}
+        seen = sorted({str(each.get(name)) for each in having.values()})
+        if len(seen) > 1 and name not in told:
+            lines.append(f"groups differ in {name} ({', '.join(seen)})")
+    return lines
+
+
+def _made_by(run: RunRecord) -> dict[str, Any]:
+    """Versions, machine and code (eight digits of its hash) that a run was made by, as far as its manifest says."""
+    manifest = run.manifest
     versions = manifest.get("versions")
-    inner = versions.get(name) if isinstance(versions, Mapping) else None
-    return manifest.get(name) if inner is None else inner
+    plain = {name: manifest[name] for name in ("fedsim", "python", "machine") if name in manifest}
+    made = plain | (dict(versions) if isinstance(versions, Mapping) else {})
+    made["instruction set"] = manifest.get("instruction_set")
+    return made | ({"code": str(manifest["code_sha256"])[:8]} if "code_sha256" in manifest else {})
+
+
+def _is_ours(run: RunRecord) -> bool:
+    targets = [str(value) for key, value in _settings(run).items() if key.rpartition(".")[2] == "_target_"]
+    return all(target.startswith("fedsim.") for target in targets)
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:
@@ -278,25 +343,26 @@ def _labels(firsts: Sequence[RunRecord]) -> list[str]:
 
 
 def _label(run: RunRecord, own: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]) -> str:
+    parts = _distinct(run, own, settings)
+    head = [parts.pop("strategy")] if "strategy" in parts else []
+    return ", ".join([*head, *(f"{entry.removeprefix('strategy.')}={shown}" for entry, shown in parts.items())])
+
+
+def _distinct(run: RunRecord, own: Mapping[str, Any], settings: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What differs from other groups. Inside an object only groups with that kind of object are compared.
 
     FedBuff's buffer size says nothing beside FedAvg, which has none; beside another FedBuff it tells them apart.
     """
-    head, rest = "", []
+    parts = {}
     keys = {key: None for each in settings for key in each}  # a set that keeps the order of the files
     objects = {key.removesuffix("._target_") for key in keys if key.endswith("._target_")}
     for entry in dict.fromkeys(_entry(key, objects) for key in keys):
         above = [prefix for prefix in _prefixes(entry) if prefix in objects]
         peers = [other for other in settings if all(_kind(own, each) == _kind(other, each) for each in above)]
         compare = _kind if entry in objects else _value
-        if all(compare(other, entry) == compare(own, entry) for other in peers):
-            continue
-        shown = _short(entry, own, run) if entry in objects else _text(own, entry)
-        if entry == "strategy":
-            head = shown
-        else:
-            rest.append(f"{entry.removeprefix('strategy.')}={shown}")
-    return ", ".join([*([head] if head else []), *rest])
+        if not all(compare(other, entry) == compare(own, entry) for other in peers):
+            parts[entry] = _short(entry, own, run) if entry in objects else _text(own, entry)
+    return parts
 
 
 def _entry(key: str, objects: set[str]) -> str:

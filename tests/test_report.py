@@ -368,7 +368,7 @@ def test_panels_scale_with_what_they_show(tmp_path: Path) -> None:
         table = {"distance": [100.0, 1.0, 0.0001 * (1 + seed)], "accuracy": [0.1, 0.5, math.nan]}
         write_run(tmp_path / str(seed), seed=seed, table=table)
     groups = groups_of(tmp_path)
-    figure = plots.overview(groups, "distance", target=0.5)
+    figure = plots.overview(groups, "distance", targets=[0.5])
     assert [ax.get_yscale() for ax in figure.axes] == ["log", "log"]
     assert figure.axes[0].get_ylabel() == "distance (geometric mean)"
     assert figure.axes[1].get_xlabel() == "traffic, up + down (MB)"
