@@ -147,10 +147,8 @@ def carried(message: Message) -> Message:
     return other
 
 
-SMALL = (
-    "data=embedded", "problem.validation=0.02", "model.hidden=[8]", "clients=3", "cohort=3", "rounds=2",
-    "local.batch_size=50", "partition=iid",
-)  # fmt: skip
+SMALL = ("problem=least_squares", "clients=3", "cohort=3", "rounds=2", "local.batch_size=50", "local.lr=0.01")
+IMAGES = ("problem=classification", "problem.validation=0.02", "model.hidden=[8]", "partition=iid")
 
 
 def grid_of(
