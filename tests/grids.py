@@ -147,7 +147,8 @@ def carried(message: Message) -> Message:
     return other
 
 
-SMALL = ("problem=least_squares", "clients=3", "cohort=3", "rounds=2", "local.batch_size=50", "local.lr=0.01")
+SMALL = ("problem=least_squares", "clients=3", "cohort=3", "rounds=2", "local.batch_size=50", "local.lr=0.01",
+         "network=none")  # fmt: skip
 IMAGES = ("problem=classification", "problem.validation=0.02", "model.hidden=[8]", "partition=iid")
 
 

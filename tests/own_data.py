@@ -14,7 +14,7 @@ def examples(node_config):
     client, clients = node_config["partition-id"], node_config["num-partitions"]
     problem = fedsim.Classification(Embedded(), partition=Iid(), validation=0.02)
     problem.prepare(clients, Randomness(0))
-    rows = problem.part_rows(np.array([client]), "training")[0]
+    rows = problem.part_rows(np.array([client]), "training")
     return Dataset(problem.train_x[rows], problem.train_y[rows], problem.test_x[:1], problem.test_y[:1], 10)
 
 
@@ -25,4 +25,4 @@ def problem(node_config):
 
 def nothing(node_config):
     """No data at all."""
-    return None
+    return

@@ -111,7 +111,9 @@ def test_malicious_results_are_rejected_counted_and_shown_and_change_nothing(tmp
         assert re.search(said, line), (name, line)
 
     (tmp_path / "honest").mkdir()
-    honest = grid_of(tmp_path / "honest", "rounds=null", "eval_every=0", f"updates={2 * len(attacks)}", wait_seconds=1.0)
+    honest = grid_of(
+        tmp_path / "honest", "rounds=null", "eval_every=0", f"updates={2 * len(attacks)}", wait_seconds=1.0
+    )
     honest.remove(1001)
     without = deployed(honest)
     assert without.summary["version"] == run.summary["version"] == len(attacks)

@@ -146,8 +146,8 @@ class Deployment(Simulation):
                 break
             if self._clock() - began >= wait:
                 if not there:
-                    told = "; ".join(self.pool.refused.values())
-                    raise SimulationError(f"no node has come within {wait:g} s{': ' if told else ''}{told}")
+                    told = "".join(f"; not taken: {why}" for why in dict.fromkeys(self.pool.refused.values()))
+                    raise SimulationError(f"no node has come within {wait:g} s{told}")
                 logger.warning("begins with %d of %d clients: the others have not come within %g s",
                                there, self.clients, wait)  # fmt: skip
                 break
