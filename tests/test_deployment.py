@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import fedsim
 from fedsim.assemble import Assembly
 from fedsim.flower.configuration import read_run_config
+from fedsim.flower.keeping import Kept
 from tests.grids import IMAGES, deployed, grid_of
 from tests.support import Given
 
@@ -18,12 +20,13 @@ def assembled(grid):
     return Assembly({**held.config, "out": None}, held.choices)
 
 
-def simulated(grid, speeds):
+def simulated(grid, speeds, observer=None):
     parts = assembled(grid)
     system = fedsim.System(Given(*speeds))
     return fedsim.simulate(
-        parts.strategy, parts.problem, system, stop=parts.stop, clients=parts.clients, cohort=parts.cohort
-    )
+        parts.strategy, parts.problem, system, stop=parts.stop, clients=parts.clients, cohort=parts.cohort,
+        observer=observer,
+    )  # fmt: skip
 
 
 def difference(one, other):
@@ -72,3 +75,17 @@ def test_a_deployment_whose_nodes_are_as_fast_as_predicted_is_the_simulation(tmp
             assert ours[column].tolist() == theirs[column].tolist(), column
     assert difference(run.model, prediction.model) <= 1e-6
     assert run.metrics["distance"].tolist() == pytest.approx(prediction.metrics["distance"].tolist(), rel=1e-6)
+
+
+def test_what_clients_keep_at_their_nodes_is_what_they_keep_in_the_simulation(tmp_path):
+    # A buffered result is used while its client is at work on the next one, which began without what it had made.
+    speeds = (0.25, 0.625, 1.125)
+    grid = grid_of(tmp_path, "strategy=fedbuff", "cohort=2", "rounds=6", "local.keep=true", speeds=speeds)
+    seen, theirs = [], {}
+    deployed(grid, observer=lambda deployment: seen.append(deployment))
+    simulated(grid, speeds, observer=lambda sim: theirs.update(sim.kept("own")))
+    assert set(theirs) == {0, 1, 2}
+    for client, own in theirs.items():
+        kept, member = Kept(grid.nodes[1000 + client].state), seen[-1].pool.members[client]
+        kept.decide(member.accepted, member.undecided)
+        assert torch.allclose(kept.committed()["own"], own, rtol=0, atol=1e-9)

@@ -172,3 +172,16 @@ def test_a_late_timer_keeps_its_place_among_others():
     kernel.run_instant(lambda event: seen.append((kernel.now, event)))
     assert seen == [(40, each) for each in ("arrival", "loss", "a", "b", "c")]
     assert kernel.next_time() == 60
+
+
+def test_a_node_that_rests_is_asked_by_nobody_in_the_instant_of_its_answer(tmp_path):
+    grid = grid_of(
+        tmp_path, "strategy=fedcompass", "cohort=2", "rounds=8", "strategy.least_steps=4", "strategy.most_steps=20",
+        speeds=(0.1, 0.1, 0.2),
+    )  # fmt: skip
+    grid.nodes[1000].config["pause"] = 3.0
+    run = deployed(grid)
+    assert set(run.events["outcome"]) <= {"applied", "pending"}
+    mine = run.events[run.events["client"] == 0]
+    assert (mine["dispatched"].to_numpy()[1:] - mine["arrived"].to_numpy()[:-1] >= 3.0 - 1e-6).all()
+    assert len(mine) > 2
