@@ -8,6 +8,7 @@ import fedsim
 from fedsim.assemble import Assembly
 from fedsim.flower.configuration import read_run_config
 from fedsim.flower.keeping import Kept
+from fedsim.flower.messages import WORK
 from tests.grids import IMAGES, deployed, grid_of
 from tests.support import Given
 
@@ -82,10 +83,14 @@ def test_what_clients_keep_at_their_nodes_is_what_they_keep_in_the_simulation(tm
     speeds = (0.25, 0.625, 1.125)
     grid = grid_of(tmp_path, "strategy=fedbuff", "cohort=2", "rounds=6", "local.keep=true", speeds=speeds)
     seen, theirs = [], {}
-    deployed(grid, observer=lambda deployment: seen.append(deployment))
+    run = deployed(grid, observer=lambda deployment: seen.append(deployment))
     simulated(grid, speeds, observer=lambda sim: theirs.update(sim.kept("own")))
     assert set(theirs) == {0, 1, 2}
     for client, own in theirs.items():
         kept, member = Kept(grid.nodes[1000 + client].state), seen[-1].pool.members[client]
         kept.decide(member.accepted, member.undecided)
         assert torch.allclose(kept.committed()["own"], own, rtol=0, atol=1e-9)
+        orders = [each.content["order"] for each in grid.pushed if each.metadata.message_type == WORK]
+        told = [task for order in orders if order["client"] == client for task in order["accepted"]]
+        used = run.events[(run.events["client"] == client) & (run.events["outcome"] == "applied")]
+        assert set(told) | set(member.accepted) == set(used["task"])
