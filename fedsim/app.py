@@ -89,7 +89,7 @@ def simulate(
 
         problem = Classification()
     system, pool, stop = system or System(), pool or InlinePool(), stop or Stop(rounds=100)
-    with _one_thread():
+    with one_thread():
         sim = _assemble(strategy, problem, system, pool, stop, seed, clients, cohort, eval_every, client_eval_every)
         strategy.check_federation(sim)
         described = _describe(sim, seed) if config is None else config
@@ -100,14 +100,21 @@ def simulate(
             check_free(Path(out), overwrite)
         pool.open(problem, strategy.jobs, sim.randomness)  # before anything is written: there may be no cluster
         try:
-            directory = _directory(out, overwrite, resume)
+            directory = directory_for(out, overwrite, resume)
             recording = Recording(directory, described, identity, checkpoint or CheckpointSchedule())
-            return _recorded(sim, recording, observer, resume)
+            return recorded(sim, recording, observer, resume)
         finally:
             pool.close()
 
 
-def _directory(out: str | Path | Callable[[], Path] | None, overwrite: bool, resume: bool) -> RunDirectory | None:
+def directory_for(
+    out: str | Path | Callable[[], Path] | None, overwrite: bool, resume: bool = False
+) -> RunDirectory | None:
+    """Where a run is written to, made or opened; arguments as for :func:`simulate`.
+
+    Raises:
+        ConfigError: if it may not be written to, or there is nothing to go on with.
+    """
     if out is None:
         return None
     path = out() if callable(out) else out
@@ -122,7 +129,13 @@ def _directory(out: str | Path | Callable[[], Path] | None, overwrite: bool, res
     return directory
 
 
-def _recorded(sim: Simulation, recording: Recording, observer: Observer | None, resume: bool) -> Run:
+def recorded(sim: Simulation, recording: Recording, observer: Observer | None = None, resume: bool = False) -> Run:
+    """Run ``sim`` to its end, whatever that is, and keep its records.
+
+    Raises:
+        SimulationError: if the run cannot go on; what was recorded so far has been written.
+        Interrupted: after a signal; a KeyboardInterrupt.
+    """
     observers = [recording.tick] if observer is None else [recording.tick, observer]
     try:
         if resume:
@@ -225,7 +238,7 @@ def check_client_evaluation(problem: Problem, client_eval_every: int, eval_every
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One torch thread while a run lasts: more would change sums, and are slower on small models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -50,7 +50,7 @@ def ended(run: Ended) -> str:
     """One line about a finished run."""
     summary, manifest = run.summary, run.manifest
     parts = [
-        f"stopped by {summary['stopped']} at {seconds(summary['time'])} of virtual time",
+        f"stopped by {summary['stopped']} at {seconds(summary['time'])} of {manifest['clock']} time",
         f"{summary['updates']} updates",
         megabytes(summary["down_bytes"] + summary["up_bytes"]),
     ]

@@ -197,7 +197,7 @@ class Recording:
     def interrupt(self, sim: Simulation) -> str:
         """Save the run because it has been told to stop; a line on how to go on."""
         assert self.directory is not None
-        text = f"interrupted at {sim.now:.6g} s of virtual time"
+        text = f"interrupted at {sim.now:.6g} s of {sim.clock} time"
         if self.save(sim):
             text += f" and saved; go on with: {self._how_to_go_on()}"
         else:
@@ -241,7 +241,7 @@ class Recording:
             save_file({name: tensor.clone() for name, tensor in model.items()}, draft)
             draft.replace(self.directory.path / "model.safetensors")
             self.directory.write_json("summary.json", summary)
-            logger.info("run ends: %s at %.6g s of virtual time", sim.stopped, sim.now)
+            logger.info("run ends: %s at %.6g s of %s time", sim.stopped, sim.now, sim.clock)
             self.directory.write_json("manifest.json", manifest)
             shutil.rmtree(self.directory.path / "checkpoint")  # there is nothing left to go on with
         self.close()
@@ -274,7 +274,7 @@ class Recording:
             "problem": labels.get("problem", type(sim.problem).__name__.lower()),
             "model_sha256": model_sha256(sim),
             "events_sha256": sim.tasks.log.sha256(),
-            "clock": "virtual",
+            "clock": sim.clock,
             "wall_seconds": round(seconds, 3),
             "tasks_per_second": round(len(sim.tasks.log) / seconds, 1),
             "peak_memory_bytes": _peak_memory(),

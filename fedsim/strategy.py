@@ -41,6 +41,8 @@ class Strategy:
     """What clients can be asked to do, by name."""
     everybody: ClassVar[bool] = False
     """Whether all clients make a round, whatever ``cohort`` says, and each model published ends one: peers do."""
+    clients_choose_steps: ClassVar[bool] = False
+    """Whether a client may make another number of local steps than it is asked for, if it says so beforehand."""
     steps_by: ClassVar[str] = "makes server steps of its own"
     """Why a strategy that takes no ``server`` does not."""
 
@@ -312,6 +314,8 @@ class Anarchic(Strategy):
         pause: mean seconds of the exponential pause before a task; 0 makes none.
         server: what the server makes of a step.
     """
+
+    clients_choose_steps = True
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,9 @@ class Simulation(Federation):
         eval_every: rounds between evaluations; 0 never evaluates.
         client_eval_every: rounds between evaluations on the clients' own examples; 0 never.
     """
+
+    clock: ClassVar[str] = "virtual"
+    """What its seconds are: ``virtual``, or ``wall``."""
 
     def __init__(
         self,
