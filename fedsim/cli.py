@@ -85,9 +85,9 @@ def _command(given: list[str]) -> int:
 
         return running.resume(options.directory, options.overrides, options.allow_changes)
     if options.command == "deploy":
-        from fedsim import deploying
+        from fedsim import deploy
 
-        return deploying.main(options)
+        return deploy.main(options)
     if options.command == "list":
         from fedsim import reference
 
@@ -104,10 +104,10 @@ def _command(given: list[str]) -> int:
 
 def _parse(given: list[str]) -> argparse.Namespace:
     if given and given[0] == "deploy":  # its flags may stand between the words of its list, and it is slow to import
-        from fedsim import deploying
+        from fedsim import deploy
 
         parser = _Parser(prog="fedsim deploy", allow_abbrev=False)
-        deploying.add_arguments(parser)
+        deploy.add_arguments(parser)
         return parser.parse_intermixed_args(given[1:], argparse.Namespace(command="deploy"))
     return _parser().parse_args(given)
 

@@ -99,7 +99,8 @@ class FollowedRun:
         except (OSError, ValueError):  # it is being written
             return
         if len(metrics):
-            show(done(metrics.iloc[-1].to_dict(), self.config), state(metrics.iloc[-1].to_dict()))
+            row = {str(name): value for name, value in metrics.iloc[-1].items()}
+            show(done(row, self.config), state(row))
 
 
 def done(row: Mapping[str, Any], config: Mapping[str, Any]) -> float:

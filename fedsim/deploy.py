@@ -16,6 +16,7 @@ from fedsim.flower.application import check_app, write_app
 from fedsim.flower.certificates import check_host
 from fedsim.flower.commands import Superlink
 from fedsim.flower.configuration import run_config
+from fedsim.flower.deployment import check_deployable
 from fedsim.flower.following import FollowedRun, read_ended
 from fedsim.flower.instructions import write_deployment
 from fedsim.flower.local import LocalFederation
@@ -75,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
     overrides, local = list(options.overrides), options.local
     app = None if options.app is None else check_app(options.app)
     if local is None:
-        return _print(Assembly(*compose_single(overrides, Path.cwd(), ONE_RUN)), app, options)
+        return _print(_checked(*compose_single(overrides, Path.cwd(), ONE_RUN)), app, options)
     whole("--local", local, least=1, most=MOST_LOCAL)
     for name in ("host", "port", "folder"):
         if getattr(options, name) is not None:
@@ -83,7 +84,20 @@ def main(options: argparse.Namespace) -> int:
     config, choices = compose_single([f"clients={local}", *overrides], Path.cwd(), ONE_RUN)
     if config["clients"] != local:
         raise ConfigError(f"clients={config['clients']}: each supernode is a client, so leave it out with --local")
-    return _run_here(Assembly(config, choices), app, local, options)
+    return _run_here(_checked(config, choices), app, local, options)
+
+
+def _checked(config: dict[str, Any], choices: dict[str, str]) -> Assembly:
+    """The parts of a run, if the server will be able to run it.
+
+    Raises:
+        ConfigError: naming what is wrong.
+    """
+    assembly = Assembly(config, choices)
+    assembly.check_out()
+    assembly.prepare()
+    check_deployable(assembly.strategy, assembly.problem)
+    return assembly
 
 
 def _given(assembly: Assembly, out: Path, options: argparse.Namespace) -> dict[str, str]:
@@ -100,7 +114,6 @@ def _print(assembly: Assembly, app: Path | None, options: argparse.Namespace) ->
     folder = (options.folder or Path("deployment")).absolute()
     if folder.exists():
         raise ConfigError(f"--folder={folder}: exists already, give another")
-    assembly.check_out()
     out = assembly.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
         text = write_deployment(
@@ -116,7 +129,6 @@ def _print(assembly: Assembly, app: Path | None, options: argparse.Namespace) ->
 
 
 def _run_here(assembly: Assembly, app: Path | None, nodes: int, options: argparse.Namespace) -> int:
-    assembly.check_out()
     _given(assembly, Path(), options)  # whatever is wrong with it, before a folder is made
     out = assembly.out or new_folder()
     try:
