@@ -16,12 +16,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsim.config import compose_run
 from fedsim.flower.client_app import app
 from fedsim.flower.configuration import read_run_config, run_config
+from fedsim.flower.messages import WORK
 
 NODE_UNAVAILABLE = 5
 
 
 class Ticks:
-    """A clock that goes only while somebody sleeps."""
+    """A clock that goes only while somebody sleeps, who is woken when something happens."""
 
     def __init__(self) -> None:
         self.seconds = 100.0
@@ -31,11 +32,12 @@ class Ticks:
         return self.seconds
 
     def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
-        while self.at and min(self.at, key=lambda each: each[0])[0] <= self.seconds:
-            due = min(self.at, key=lambda each: each[0])
-            self.at.remove(due)
-            due[1]()
+        end = self.seconds + seconds
+        self.seconds = min([end, *(at for at, _ in self.at)])
+        due = [each for each in self.at if each[0] <= self.seconds]
+        self.at = [each for each in self.at if each[0] > self.seconds]
+        for _, what in due:
+            what()
 
     def later(self, seconds: float, what: Callable[[], None]) -> None:
         """Call ``what`` when so many seconds have passed."""
@@ -44,10 +46,10 @@ class Ticks:
 
 @dataclass
 class OneNode:
-    """A node: what it was started with, and how many seconds pass before it answers."""
+    """A node: what it was started with, and how many seconds it takes for a local step."""
 
     config: dict[str, Any]
-    delay: float = 0.0
+    per_step: float = 0.0
     state: RecordDict = field(default_factory=RecordDict)
 
 
@@ -60,15 +62,14 @@ class TestGrid(Grid):
         self.run_config, self.clock, self.client_app = run_config, clock, client_app
         self.nodes: dict[int, OneNode] = {}
         self.asked: dict[str, tuple[Message, float]] = {}
-        self.gone: dict[str, Message] = {}
         self.pushed: list[Message] = []
         self.tamper: Callable[[Message, Message], Message] = lambda asked, reply: reply
         self._count = 0
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
 
-    def add(self, node: int, delay: float = 0.0, **config: Any) -> None:
+    def add(self, node: int, per_step: float = 0.0, **config: Any) -> None:
         """Start a node."""
-        self.nodes[node] = OneNode({key.replace("_", "-"): value for key, value in config.items()}, delay)
+        self.nodes[node] = OneNode({key.replace("_", "-"): value for key, value in config.items()}, per_step)
 
     def remove(self, node: int) -> None:
         """Kill a node."""
@@ -95,11 +96,19 @@ class TestGrid(Grid):
             self._count += 1
             name = f"message-{self._count}"
             message.metadata.__dict__["_message_id"] = name
-            node = self.nodes.get(message.metadata.dst_node_id)
             self.pushed.append(message)
-            self.asked[name] = (message, self.clock() + (0.0 if node is None else node.delay))
+            took = self._takes(message)
+            self.asked[name] = (message, self.clock() + took)
+            if took:
+                self.clock.later(took, lambda: None)
             ids.append(name)
         return ids
+
+    def _takes(self, message: Message) -> float:
+        node = self.nodes.get(message.metadata.dst_node_id)
+        if node is None or message.metadata.message_type != WORK:
+            return 0.0
+        return node.per_step * message.content["order"]["steps"]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         replies = []
@@ -144,12 +153,14 @@ SMALL = (
 )  # fmt: skip
 
 
-def grid_of(tmp_path: Any, *overrides: str, clients: int = 3, loader: str = "", **settings: Any) -> TestGrid:
-    """A grid of ``clients`` nodes that have their numbers, for a small configuration."""
+def grid_of(
+    tmp_path: Any, *overrides: str, speeds: tuple[float, ...] = (0.0, 0.0, 0.0), loader: str = "", **settings: Any
+) -> TestGrid:
+    """A grid for a small configuration, with a node of each speed (seconds per step), numbered from 1000."""
     config, choices = compose_run([*SMALL, *overrides, f"out={tmp_path / 'out'}"], tmp_path)
     grid = TestGrid(run_config(config, choices, loader, **{"poll_seconds": 0.1, **settings}), Ticks())
-    for client in range(clients):
-        grid.add(1000 + client, partition_id=client, num_partitions=clients)
+    for client, per_step in enumerate(speeds):
+        grid.add(1000 + client, per_step, partition_id=client, num_partitions=len(speeds))
     return grid
 
 

@@ -99,9 +99,7 @@ class Deployment(Simulation):
         Raises:
             SimulationError: always.
         """
-        raise SimulationError(
-            f"the state '{name}' of client {client} stays at its node: this strategy needs a simulator"
-        )
+        raise SimulationError(f"the state '{name}' of client {client} stays at its node: simulate this strategy")
 
     def kept(self, name: str) -> dict[int, Tensor]:
         """Nothing: what clients keep stays with them."""
@@ -113,7 +111,7 @@ class Deployment(Simulation):
         Raises:
             SimulationError: always.
         """
-        raise SimulationError("messages between nodes: a deployment has tasks only, this strategy needs a simulator")
+        raise SimulationError("messages between nodes: a deployment has tasks only; simulate this strategy")
 
     def exchange(self, vectors: Tensor, mixing_matrix: Tensor, tag: Any = None) -> None:
         """Nodes do not talk to each other.
@@ -199,9 +197,9 @@ class Deployment(Simulation):
             self._sleep(left)
 
     def _elapsed(self) -> int:
-        """Nanoseconds since the start, always more than before."""
+        """Nanoseconds since the start, and later than the last instant."""
         assert self._origin is not None
-        return max(to_ns(self._clock() - self._origin), self.kernel.now + 1)
+        return max(to_ns(self._clock() - self._origin), self.kernel.now + (self.kernel.handled > 0))
 
     def _take_news(self, news: News) -> None:
         now = self.kernel.now

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim.assemble import Assembly
 from fedsim.checks import ConfigError, FedsimError, number, seconds, whole
-from fedsim.flower.configuration import Configuration, read_run_config
+from fedsim.flower.configuration import read_run_config, run_config
 from fedsim.flower.keeping import Kept
 from fedsim.flower.loading import own_problem, prepared
 from fedsim.flower.messages import (
@@ -149,15 +149,15 @@ def _intentions(config: Mapping[str, Any]) -> tuple[float, int]:
 def _learner(context: Context, client: int) -> Learner:
     """Made once in a process."""
     held = read_run_config(context.run_config)
-    text = held.run_config()
+    told = run_config({**held.config, "out": None}, held.choices, held.loader)  # where it is written is no matter here
     own = tuple(sorted(context.node_config.items())) if held.loader else ()
-    return _make(tuple(sorted(text.items())), own, client if held.loader else -1)
+    return _make(tuple(sorted(told.items())), own, client if held.loader else -1)
 
 
 @lru_cache(maxsize=8)
-def _make(run_config: tuple[tuple[str, str], ...], node_config: tuple[tuple[str, Any], ...], client: int) -> Learner:
-    held: Configuration = read_run_config(dict(run_config))
-    assembly = Assembly({**held.config, "out": None}, held.choices)
+def _make(told: tuple[tuple[str, str], ...], node_config: tuple[tuple[str, Any], ...], client: int) -> Learner:
+    held = read_run_config(dict(told))
+    assembly = Assembly(held.config, held.choices)
     problem = assembly.problem
     if held.loader:
         problem = own_problem(problem, held.loader, client, dict(node_config))

@@ -116,6 +116,8 @@ class Nodes(Pool):
         self._greeted: dict[str, tuple[int, int]] = {}
         """Node and the client that was offered to it, by the message that asks it who it is."""
         self._sent: dict[str, Sent] = {}
+        self._message_of: dict[int, str] = {}
+        """The message by which each task that is out went."""
         self._said: dict[int, int] = {}
         """How many examples each client has said it holds: it may not change its mind."""
 
@@ -140,6 +142,7 @@ class Nodes(Pool):
             pushed = list(self.grid.push_messages([message]))
             if pushed and pushed[0]:
                 self._sent[str(pushed[0])] = Sent(member.node, work, accepted)
+                self._message_of[work.task] = str(pushed[0])
 
     def ready(self, tasks: Sequence[int]) -> dict[int, Result]:
         """Nothing: what has come is news, see :meth:`look`."""
@@ -155,16 +158,19 @@ class Nodes(Pool):
 
     def forget(self, task: int) -> None:
         """Whatever the node says of this task will not be looked at."""
-        self._sent = {message: sent for message, sent in self._sent.items() if sent.work.task != task}
+        message = self._message_of.pop(task, None)
+        if message is not None:
+            del self._sent[message]
 
     def close(self) -> None:
         """Nobody is asked any more."""
         self._sent.clear()
+        self._message_of.clear()
         self._greeted.clear()
 
     def out(self, task: int) -> bool:
         """Whether a task is at its node."""
-        return any(sent.work.task == task for sent in self._sent.values())
+        return task in self._message_of
 
     # ---- what becomes of results ---------------------------------------------------------------------
 
@@ -184,7 +190,8 @@ class Nodes(Pool):
         went = [member for member in self.members.values() if member.node not in there]
         for member in went:
             del self.members[member.client]
-            self._sent = {message: sent for message, sent in self._sent.items() if sent.node != member.node}
+            for task in [sent.work.task for sent in self._sent.values() if sent.node == member.node]:
+                self.forget(task)
         if went:
             self.refused.clear()  # there is a place again
         came, answers = [], []
@@ -194,7 +201,9 @@ class Nodes(Pool):
                 newcomer = self._meet(self._greeted.pop(to), message, there)
                 came += [] if newcomer is None else [newcomer]
             elif to in self._sent:
-                answers.append(self._answer(self._sent.pop(to), message))
+                sent = self._sent[to]
+                self.forget(sent.work.task)
+                answers.append(self._answer(sent, message))
         self._greet(there)
         return News(came, went, answers)
 
