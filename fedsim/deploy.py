@@ -15,7 +15,7 @@ from fedsim.config import compose_single
 from fedsim.flower.application import check_app, write_app
 from fedsim.flower.certificates import check_host
 from fedsim.flower.commands import Superlink
-from fedsim.flower.configuration import run_config
+from fedsim.flower.configuration import LOADER, run_config
 from fedsim.flower.deployment import check_deployable
 from fedsim.flower.following import FollowedRun, read_ended
 from fedsim.flower.instructions import write_deployment
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--app", type=Path, metavar="DIR", help="a Flower app of your own, such as experiments/flower_app"
     )
-    parser.add_argument("--loader", metavar="module:function", help="loads a node's own data; default its partition")
+    parser.add_argument("--loader", metavar="module:function", help="loads a node's own data; default the app's")
     parser.add_argument("--host", metavar="NAME", help="where the nodes reach the superlink (127.0.0.1)")
     parser.add_argument("--port", type=int, metavar="P", help=f"of the superlink ({PORT}; with --local a free one)")
     parser.add_argument(
@@ -102,7 +102,10 @@ def _checked(config: dict[str, Any], choices: dict[str, str]) -> Assembly:
 
 def _given(assembly: Assembly, out: Path, options: argparse.Namespace) -> dict[str, str]:
     config: dict[str, Any] = {**assembly.config, "out": str(out.absolute())}
-    return run_config(config, assembly.choices, options.loader or "")
+    given = run_config(config, assembly.choices, options.loader or "")
+    if options.loader is None:
+        del given[LOADER]  # the app's own stands
+    return given
 
 
 # ---- on machines of one's own ----------------------------------------------------------------------
