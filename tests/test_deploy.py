@@ -1,4 +1,4 @@
-"""``fedsim deploy`` without Flower's processes: the commands and files it prints, as Flower reads them, and bad input."""
+"""``fedsim deploy`` without Flower's processes: the commands and files it prints, as Flower reads them; bad input."""
 
 from __future__ import annotations
 

@@ -106,12 +106,18 @@ def test_a_session_that_is_empty_is_forgotten(ours: Processes) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_what_was_started(number: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted) as raised, interruptible(), Processes(tmp_path) as ours:
-        started = python(ours, WAIT)
-        os.kill(os.getpid(), number)
-        time.sleep(10)
+    started: list[Process] = []
+
+    def interrupted() -> None:
+        with interruptible(), Processes(tmp_path) as ours:
+            started.append(python(ours, WAIT))
+            os.kill(os.getpid(), number)
+            time.sleep(10)
+
+    with pytest.raises(Interrupted) as raised:
+        interrupted()
     assert raised.value.signal == number
-    assert started.status == -signal.SIGTERM
+    assert started[0].status == -signal.SIGTERM
     assert signal.getsignal(number) is before
 
 
@@ -135,10 +141,16 @@ def test_signals_that_come_while_stopping_change_nothing(ours: Processes, monkey
 
 
 def test_an_error_stops_what_was_started(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), Processes(tmp_path) as ours:
-        started = python(ours, WAIT)
-        raise ZeroDivisionError
-    assert started.status == -signal.SIGTERM
+    started: list[Process] = []
+
+    def failing() -> None:
+        with Processes(tmp_path) as ours:
+            started.append(python(ours, WAIT))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    assert started[0].status == -signal.SIGTERM
 
 
 def test_failure_shows_the_end_of_the_log(ours: Processes) -> None:

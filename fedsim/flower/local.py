@@ -35,6 +35,9 @@ READY_SECONDS = 120.0
 CONNECT_SECONDS = 120.0
 """How long the supernodes together may take until they are connected, and as many for each of them."""
 
+ANSWER_SECONDS = 5.0
+"""How long it may take to answer that it serves."""
+
 COMMAND_SECONDS = 120.0
 """How long one of Flower's commands may take."""
 
@@ -130,7 +133,7 @@ class LocalFederation:
         end = time.monotonic() + READY_SECONDS
         while True:
             try:
-                with opener.open(link.health, timeout=5):
+                with opener.open(link.health, timeout=ANSWER_SECONDS):
                     return
             except OSError as error:
                 if self.superlink.status is not None:
