@@ -1,4 +1,4 @@
-"""The command line: ``fedsim run | resume | report | plot | list | traces | doctor``."""
+"""The command line: ``fedsim run | resume | deploy | report | plot | list | traces | doctor``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ examples:
   fedsim run -m strategy=fedavg,fedbuff seed=0,1,2  a sweep
   fedsim resume runs/2026-01-31_12-00-00            go on with a run that was stopped
   fedsim report runs/2026-01-31_12-00-00            table and figure of a sweep
+  fedsim deploy strategy=fedbuff rounds=2 --local 2  the same on Flower, with processes on this machine
   fedsim run --help                                 every group, key and unit
 """
 
@@ -94,7 +95,7 @@ def _command(given: list[str]) -> int:
         return running.complete(given)
     if given and given[0] == "resume":  # argparse takes no flag between a list's words
         given = sorted(given, key=lambda word: word == "--allow-changes")
-    options = _parser().parse_args(given)
+    options = _parse(given)
     if options.command == "report":
         from fedsim.report import command as report
 
@@ -117,6 +118,10 @@ def _command(given: list[str]) -> int:
         from fedsim import running
 
         return running.resume(options.directory, options.overrides, options.allow_changes)
+    if options.command == "deploy":
+        from fedsim import deploy
+
+        return deploy.main(options)
     if options.command == "list":
         from fedsim import reference
 
@@ -129,6 +134,16 @@ def _command(given: list[str]) -> int:
         return doctor.main()
     _parser().print_help()
     return 0
+
+
+def _parse(given: list[str]) -> argparse.Namespace:
+    if given and given[0] == "deploy":  # its flags may stand between the words of its list, and it is slow to import
+        from fedsim import deploy
+
+        parser = _Parser(prog="fedsim deploy", allow_abbrev=False)
+        deploy.add_arguments(parser)
+        return parser.parse_intermixed_args(given[1:], argparse.Namespace(command="deploy"))
+    return _parser().parse_args(given)
 
 
 def _traces(options: argparse.Namespace) -> int:
@@ -156,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("directory", metavar="DIR", help="the run's directory")
     resume.add_argument("overrides", nargs="*", metavar="pool=...", help="another pool or checkpoint schedule")
     resume.add_argument("--allow-changes", action="store_true", help="even if code or versions have changed since")
+    commands.add_parser("deploy", help="run one configuration on Flower: here, or on machines of one's own")
     report = commands.add_parser("report", help="table and figure of finished runs")
     report.add_argument("directories", nargs="+", metavar="DIR", help="a run, or a folder with runs below it")
     report.add_argument("--format", default="rich", help="rich (default), markdown or csv")

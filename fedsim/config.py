@@ -90,6 +90,18 @@ def compose_run(overrides: Sequence[str], folder: Path) -> tuple[dict[str, Any],
     return plain(config), choices
 
 
+def compose_single(overrides: Sequence[str], folder: Path, instead: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """As :func:`compose_run`, for one run only.
+
+    Raises:
+        ConfigError: for several values too, with what to do ``instead``.
+    """
+    for each in overrides:
+        if len(expand([each])) > 1:
+            raise ConfigError(f"{each}: several values are a sweep, {instead}")
+    return compose_run(overrides, folder)
+
+
 def plain(config: DictConfig) -> dict[str, Any]:
     """A composed configuration as plain, resolved values, without Hydra's own part.
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from fedsim.recording import Run
     from fedsim.simulation import Simulation
 
 REFRESH_SECONDS = 0.1
@@ -30,7 +30,23 @@ def megabytes(value: int) -> str:
     return f"{value / 1e6:,.1f} MB"
 
 
-def ended(run: Run) -> str:
+class Ended(Protocol):
+    """What is known of a finished run, whoever ran it."""
+
+    @property
+    def path(self) -> Path | None:
+        """Its directory."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``."""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """``manifest.json``."""
+
+
+def ended(run: Ended) -> str:
     """One line about a finished run."""
     summary, manifest = run.summary, run.manifest
     parts = [
@@ -86,7 +102,21 @@ class LiveProgress:
         """Show the state of a run, at most ten times a second."""
         if self._progress is not None and time.monotonic() - self._shown > REFRESH_SECONDS:
             self._shown = time.monotonic()
-            self._progress.update(self._task, completed=done(sim), state=state(sim))
+            self.show(done(sim), state(sim))
+
+    @property
+    def live(self) -> bool:
+        """Whether anything is shown."""
+        return self._progress is not None
+
+    def show(self, share: float, state: str) -> None:
+        """Show that so much of the run is over, from 0 to 1, and where it is."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=share, state=state)
+
+    def say(self, line: str) -> None:
+        """Print a line on the standard error stream, above the live one."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def done(sim: Simulation) -> float:

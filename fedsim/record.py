@@ -385,7 +385,7 @@ GROWING = ("events", "links")
 """Tables that get part after part; the others are written whole."""
 
 RUN_FILES = (
-    MARKER, "config.yaml", "manifest.json", "summary.json", "run.log", "model.safetensors", "checkpoint",
+    MARKER, "config.yaml", "manifest.json", "summary.json", "run.log", "model.safetensors", "checkpoint", "logs",
     *(f"{table}.parquet" for table in ("metrics", "events", "clients", "links")),
     *(f"report.{kind}" for kind in ("png", "pdf", "csv", "md", "html")), "figures", "tensorboard",
 )  # fmt: skip

@@ -11,12 +11,12 @@ import yaml
 
 from fedsim.assemble import Assembly
 from fedsim.checks import ConfigError, nearest, whole
-from fedsim.config import compose_run, expand
+from fedsim.config import compose_single
 from fedsim.progress import LiveProgress, ended
 from fedsim.recording import begun, is_complete
-from fedsim.sweeps import Composed, hydra_main, sweep
+from fedsim.sweeps import hydra_main, sweep
 
-COMMANDS = ("run", "resume", "report", "plot", "list", "traces", "doctor")
+COMMANDS = ("run", "resume", "deploy", "report", "plot", "list", "traces", "doctor")
 MULTIRUN = ("-m", "--multirun")
 JOBS = ("-j", "--jobs")
 
@@ -64,20 +64,13 @@ def main(arguments: Sequence[str]) -> int:
     return _show(overrides) if show else _single(overrides)
 
 
-def _compose_single(overrides: list[str]) -> Composed:
-    for each in overrides:
-        if len(expand([each])) > 1:
-            raise ConfigError(f"{each}: several values are a sweep, add -m")
-    return compose_run(overrides, Path.cwd())
-
-
 def _show(overrides: list[str]) -> int:
-    print(yaml.safe_dump(_compose_single(overrides)[0], sort_keys=False), end="")
+    print(yaml.safe_dump(compose_single(overrides, Path.cwd(), "add -m")[0], sort_keys=False), end="")
     return 0
 
 
 def _single(overrides: list[str]) -> int:
-    assembly = Assembly(*_compose_single(overrides))
+    assembly = Assembly(*compose_single(overrides, Path.cwd(), "add -m"))
     with LiveProgress(assembly.choices.get("strategy", "run")) as progress:
         run = assembly.run(progress)
     print(ended(run))
@@ -111,7 +104,7 @@ def resume(directory: str, overrides: Sequence[str], allow_changes: bool) -> int
             raise ConfigError(f"{each}: a run is resumed as it was begun; only {' and '.join(HOW)} may change")
     if overrides:
         kept = [f"{group}={choices[group]}" for group in HOW if f"{group}=" not in "".join(overrides)]
-        composed = _compose_single([*kept, *overrides])[0]
+        composed = compose_single([*kept, *overrides], Path.cwd(), "which is no way to resume a run")[0]
         config |= {group: composed[group] for group in HOW if any(each.startswith(group) for each in overrides)}
     assembly = Assembly({**config, "out": str(path)}, choices)
     with LiveProgress(choices.get("strategy", "run")) as progress:
