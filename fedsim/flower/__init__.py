@@ -1,0 +1,1 @@
+"""fedsim and Flower: what joins the two."""
