@@ -30,7 +30,7 @@ def trainer_for(
     """
     device = torch.device(device)
     if isinstance(problem, SelfTrained):
-        return (problem if device.type == "cpu" else problem.on(device)).trainer(randomness)
+        return problem.trainer(randomness, device)
     if not problem.trains:
         return StackedTrainer(problem, jobs, randomness)
     if problem.chain() is not None:

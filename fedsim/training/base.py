@@ -75,11 +75,15 @@ class Trainer(ABC):
 
 
 class SelfTrained(Problem):
-    """A problem whose tasks are worked on in a way of its own, in main memory."""
+    """A problem whose tasks are worked on in a way of its own."""
 
     @abstractmethod
-    def trainer(self, randomness: Randomness) -> Trainer:
-        """What works on its tasks."""
+    def trainer(self, randomness: Randomness, device: torch.device) -> Trainer:
+        """What works on its tasks.
+
+        Raises:
+            ConfigError: if that cannot be done on the device.
+        """
 
 
 def stacked_tensors(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
 """flowerapp: a Flower / PyTorch app."""
 
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
 from flowerapp.task import Net, load_data
 from flowerapp.task import test as test_fn
 from flowerapp.task import train as train_fn
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
 
 app = ClientApp()
 

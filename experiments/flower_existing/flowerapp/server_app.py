@@ -1,10 +1,11 @@
 """flowerapp: a Flower / PyTorch app."""
 
-from flowerapp.task import Net, load_centralized_dataset
-from flowerapp.task import test as test_fn
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
+
+from flowerapp.task import Net, load_centralized_dataset
+from flowerapp.task import test as test_fn
 
 app = ServerApp()
 

@@ -218,16 +218,14 @@ class AppProblem(SelfTrained):
         """Nothing: metrics are what the app reports."""
         return {}
 
-    def on(self, device: torch.device) -> AppProblem:
-        """Refused: an app moves its own tensors.
+    def trainer(self, randomness: Randomness, device: torch.device) -> AppTrainer:
+        """The nodes.
 
         Raises:
-            ConfigError: always.
+            ConfigError: if the device is none of ours to choose.
         """
-        raise ConfigError(f"device={device.type}: a Flower app chooses its own device; leave pool.device=cpu")
-
-    def trainer(self, randomness: Randomness) -> AppTrainer:
-        """The nodes."""
+        if device.type != "cpu":
+            raise ConfigError(f"device={device.type}: a Flower app chooses its own device; leave pool.device=cpu")
         return AppTrainer(self._nodes, randomness)
 
     def client_table(self) -> dict[str, NDArray[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
@@ -67,12 +68,8 @@ def server_identity() -> Iterator[None]:
 @contextmanager
 def strategies_sleep(sleep: Callable[[float], None]) -> Iterator[None]:
     """Let Flower's strategies wait by ``sleep`` where they wait for nodes to connect."""
-    before = strategy_utils.sleep
-    strategy_utils.sleep = sleep
-    try:
+    with mock.patch.object(strategy_utils, "sleep", sleep):
         yield
-    finally:
-        strategy_utils.sleep = before
 
 
 def empty_run() -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from unittest import mock
 from typing import Any
 
 from flwr.app import ArrayRecord
@@ -77,26 +78,22 @@ class Watch:
         def watched(strategy: Strategy, *args: Any, **settings: Any) -> Result:
             return self._start(start, strategy, *args, **settings)
 
-        Strategy.start = watched
-        try:
+        with mock.patch.object(Strategy, "start", watched):
             yield
-        finally:
-            Strategy.start = start
 
     def _start(self, start: Callable[..., Result], strategy: Strategy, *args: Any, **settings: Any) -> Result:
         given = inspect.signature(start).bind(strategy, *args, **settings)
         if given.arguments.get("evaluate_fn") is not None:
             given.arguments["evaluate_fn"] = self._seen(given.arguments["evaluate_fn"], self._evaluated)
         self.on_model(given.arguments["initial_arrays"])
-        # Attributes of the object hide its class's methods, for as long as the strategy runs.
-        vars(strategy)["aggregate_train"] = self._seen(strategy.aggregate_train, self._trained)
-        vars(strategy)["aggregate_evaluate"] = self._seen(strategy.aggregate_evaluate, self._evaluated_by_clients)
-        before, self.watching = self.watching, True
-        try:
+        train = self._seen(strategy.aggregate_train, self._trained)
+        evaluate = self._seen(strategy.aggregate_evaluate, self._evaluated_by_clients)
+        with (
+            mock.patch.object(strategy, "aggregate_train", train),
+            mock.patch.object(strategy, "aggregate_evaluate", evaluate),
+            mock.patch.object(self, "watching", True),
+        ):
             return start(*given.args, **given.kwargs)
-        finally:
-            self.watching = before
-            del vars(strategy)["aggregate_train"], vars(strategy)["aggregate_evaluate"]
 
     def _seen(self, function: Callable[..., Any], see: Callable[[Any], None]) -> Callable[..., Any]:
         def seen(*args: Any, **settings: Any) -> Any:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import torch
@@ -59,12 +60,12 @@ class VirtualSleep:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Be ``time.sleep``, and the ``sleep`` of Flower's strategies."""
-        time.sleep, self._on = self, True
+        self._on = True
         try:
-            with strategies_sleep(self):
+            with mock.patch.object(time, "sleep", self), strategies_sleep(self):
                 yield
         finally:
-            time.sleep, self._on = self._real, False  # modules of the app may keep it under a name of theirs
+            self._on = False  # modules of the app may keep it under a name of theirs
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
