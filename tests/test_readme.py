@@ -21,6 +21,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     return tmp_path
 
 
@@ -59,12 +60,13 @@ def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -
     """Each `fedsim run ...` line composes and builds; the cheap ones run whole elsewhere."""
     from fedsim.assemble import Assembly
     from fedsim.config import compose_run, expand
+    from fedsim.running import in_full
 
     shown = [line.strip().partition(" #")[0] for line in README.splitlines() if line.startswith("    fedsim ")]
     assert len(shown) >= 6
     for _, command, *arguments in map(str.split, dict.fromkeys(shown)):
         if command == "run" and "--help" not in arguments:
-            for member in expand([each for each in arguments if each != "-m"]):
+            for member in expand([in_full(each) for each in arguments if each != "-m"]):
                 Assembly(*compose_run(member, Path.cwd()))
         elif command == "resume":
             stopped_run(arguments[0])

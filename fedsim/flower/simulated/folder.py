@@ -56,8 +56,12 @@ class AppFolder(App):
         """
         self._unload()
         importlib.invalidate_caches()
-        with importable(str(self.path)):
-            return self._component("serverapp"), self._component("clientapp")
+        try:
+            with importable(str(self.path)):
+                return self._component("serverapp"), self._component("clientapp")
+        except ConfigError:
+            self._unload()
+            raise
 
     def running(self) -> ExitStack:
         """Its modules can be imported while it runs, and are gone afterwards."""
