@@ -206,19 +206,22 @@ def test_there_must_be_an_app_and_it_must_be_a_folder(capsys, folder):
 
 def stopping(copied, on_error):
     client = copied / "flowerapp" / "client_app.py"
-    raising = '    if context.node_config["partition-id"] == 1:\n        raise ValueError("no data")\n    model = Net()\n'
+    raising = (
+        '    if context.node_config["partition-id"] == 1:\n        raise ValueError("no data")\n    model = Net()\n'
+    )
     client.write_text(client.read_text().replace("    model = Net()\n", raising, 1))
     return run("strategy.run_config.fraction-train=1.0", f"faults.on_error={on_error}", app=copied)
 
 
 def test_a_client_that_raises_ends_the_run_or_loses_its_task(copied, capsys):
-    status, manifest = stopping(copied, "drop")
-    assert status == 0
+    assert stopping(copied, "drop")[0] == 0
     events = pd.read_parquet("run/events.parquet")
     assert events[events.outcome == "failed"].client.tolist() == [1, 1]
     shutil.rmtree("run")
     capsys.readouterr()
-    assert main(["run", "strategy=flower", f"app={copied}", *SMALL, "strategy.run_config.fraction-train=1.0", "out=run"])
+    assert main(
+        ["run", "strategy=flower", f"app={copied}", *SMALL, "strategy.run_config.fraction-train=1.0", "out=run"]
+    )
     said = capsys.readouterr().err
     assert "FlowerApp: the client app raised ValueError: no data (client 1, task 1, 'train')" in said
 

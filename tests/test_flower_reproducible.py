@@ -217,4 +217,8 @@ def test_errors_have_flowers_codes():
         "failed": ErrorCode.CLIENT_APP_RAISED_EXCEPTION,
         "deadline": ErrorCode.MESSAGE_UNAVAILABLE,
     }
-    assert (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE) == (2, 3, 5)
+    assert (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE) == (
+        2,
+        3,
+        5,
+    )

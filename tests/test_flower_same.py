@@ -118,7 +118,7 @@ def test_flowers_fedadam_is_ours_where_neither_moment_is_kept():
 
 
 class AsFlowersFedAdam(FedAdam):
-    """Ours with what Flower has differently: v = 0 at first, and Adam's bias correction, one round ahead in its power."""
+    """Ours with what Flower has differently: v = 0 at first, and Adam's bias correction, one round ahead."""
 
     def aggregate(self, fed, replies):
         if self.second is None:

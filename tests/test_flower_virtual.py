@@ -1,23 +1,22 @@
-"""A Flower Grid over the simulator: virtual time, replies and errors, what is kept, and what the records say."""
+"""A Flower Grid over the simulator: virtual time, replies and errors, and what nodes keep."""
 
 from __future__ import annotations
 
-import logging
+import threading
 import time
 
 import numpy as np
 import pytest
-import torch
-from flower_apps import answering, arrays, asker, flower, serving, starting, to
+from flower_apps import answering, arrays, asker, flower, starting, to
 from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 from support import Given, Scripted
 
 import fedsim
 from fedsim.checks import TaskError
 from fedsim.flower.simulated.clients import FIRST_NODE
-from fedsim.strategies.fedavg import FedAvg as OurFedAvg
 from fedsim.system import faults, network
 
 UNAVAILABLE, RAISED, EXPIRED = 5, 2, 3
@@ -184,7 +183,7 @@ def test_a_node_that_drops_out_is_unavailable_once_that_is_noticed():
     assert run.summary["outcomes"] == {"dropped": 4}
 
 
-def failing(client_id, error=ZeroDivisionError("no examples")):
+def failing(client_id, error):
     def work(message, context):
         if context.node_config["partition-id"] == client_id:
             raise error
@@ -194,7 +193,7 @@ def failing(client_id, error=ZeroDivisionError("no examples")):
 
 
 def test_a_client_app_that_raises_loses_its_task_if_the_faults_say_so():
-    run, seen = asked_all(client=failing(1), faults=faults.Faults(on_error="drop"))
+    run, seen = asked_all(client=failing(1, ZeroDivisionError("none")), faults=faults.Faults(on_error="drop"))
     assert {client: code for client, (code, _) in seen.items()} == {0: None, 1: RAISED, 2: None, 3: None}
     assert run.events.outcome[1] == "failed"
 
@@ -217,7 +216,7 @@ def test_a_client_app_that_raises_ends_the_run_even_if_the_server_app_catches_it
 def test_a_client_app_must_return_a_reply(made):
     client = ClientApp()
     client.train()(lambda message, context: made(0) if callable(made) else made)
-    with pytest.raises(TaskError, match="instead of a Message|no reply to the one"):
+    with pytest.raises(TaskError, match=r"instead of a Message|no reply to the one"):
         flower(lambda grid: grid.send_and_receive(messages=[to(0)]), client)
 
 
@@ -225,7 +224,7 @@ def test_a_server_app_that_raises_ends_the_run_with_a_line():
     def main(grid):
         raise ValueError("rounds are odd\nand more")
 
-    with pytest.raises(fedsim.SimulationError, match=r"^FlowerApp: |the server app raised ValueError: rounds are odd$"):
+    with pytest.raises(fedsim.SimulationError, match=r"^the server app raised ValueError: rounds are odd$"):
         flower(main)
 
 
@@ -240,6 +239,29 @@ def test_a_message_outlives_its_time_in_a_queue_or_at_work():
     flower(main, system={"compute": Given(6.0, 6.0, 6.0, 6.0)})
     # All are handed over together, in the order in which they came: at 2, 6, 6 and 12 s.
     assert seen == [(f"message-{n}", code, 12.0) for n, code in ((4, EXPIRED), (1, None), (2, EXPIRED), (3, None))]
+
+
+def test_threads_of_the_server_app_have_no_grid():
+    seen = []
+
+    def ask(grid):
+        try:
+            grid.get_node_ids()
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    def main(grid):
+        thread = threading.Thread(target=ask, args=[grid])
+        thread.start()
+        thread.join()
+
+    flower(main)
+    assert seen == ["in virtual time the Grid serves the thread that the server app was called in, only"]
+
+
+def test_a_server_app_of_the_past_is_refused():
+    with pytest.raises(fedsim.ConfigError, match=r"its ServerApp must have a main"):
+        flower(ServerApp(server_fn=lambda context: None))
 
 
 def test_there_are_no_other_nodes_than_clients():
@@ -319,126 +341,3 @@ def test_a_context_says_who_the_node_is_and_what_the_settings_are():
 
     flower(lambda grid: grid.send_and_receive(messages=[to(2), to(3)]), answering(work=work), run_config={"lr": 1})
     assert seen == [(n, {"partition-id": n, "num-partitions": 4}, {"lr": 1}) for n in (2, 3)]
-
-
-# ---- the end, and the records --------------------------------------------------------------------
-
-
-def averaging(rounds=5):
-    return starting(lambda: FedAvg(fraction_evaluate=0.5), rounds, evaluate_fn=lambda n, x: MetricRecord({"n": n}))
-
-
-@pytest.mark.parametrize(("limit", "stopped", "version"), [(2, "rounds", 2), (5, "app", 5), (6, "app", 5)])
-def test_the_limit_of_rounds_ends_a_run_before_one_more_is_begun(limit, stopped, version):
-    run = flower(averaging(), stop=fedsim.Stop(rounds=limit))
-    assert (run.summary["stopped"], run.summary["version"], run.summary["round"]) == (stopped, version, version)
-    assert run.metrics["version"].tolist() == run.metrics["round"].tolist() == run.metrics["n"].tolist()
-    assert len(run.metrics) == version + 1
-    torch.testing.assert_close(run.model["x"], torch.full((4,), float(version), dtype=torch.float64))
-
-
-def test_the_limit_of_time_ends_a_server_app_that_catches_everything():
-    def main(grid):
-        while True:
-            try:
-                grid.send_and_receive(messages=[to(0)])
-            except Exception:
-                pass
-
-    run = flower(main, stop=fedsim.Stop(time_limit=10.5))
-    assert (run.summary["stopped"], run.summary["time"], run.summary["updates"]) == ("time_limit", 10.5, 10)
-    assert run.events.outcome.tolist() == ["applied"] * 10 + ["pending"]
-
-
-def test_a_row_of_metrics_stands_where_its_model_was_made_and_holds_all_that_is_reported_of_it():
-    run = flower(averaging(2), system={"compute": Given(1.0, 2.0, 4.0, 3.0)}, costs={"evaluate_cost": 1.0})
-    table = run.metrics
-    assert table.version.tolist() == [0, 1, 2]
-    assert table.time.iloc[:2].tolist() == [0.0, 4.0]  # the slowest of all four; evaluation comes after that
-    begun = run.events[run.events.job == "train"].dispatched.unique()
-    asked = run.events[(run.events.job == "evaluate") & (run.events.version == 1)]
-    assert begun[1] == asked.arrived.max()
-    assert table.time[2] == begun[1] + 4.0
-    np.testing.assert_array_equal(table.train_loss, [np.nan, 1.5, 1.5])  # the mean of 0 to 3
-    np.testing.assert_array_equal(table.client_acc, [np.nan, 1.0, 2.0])  # the model is its round's number
-    assert table.updates.tolist() == [0, 4, 10]
-    assert table.samples.tolist() == [0, 128, 256]
-
-
-def test_rows_come_every_so_many_models_and_at_the_end():
-    assert flower(averaging(5), eval_every=3).metrics.version.tolist() == [0, 3, 5]
-    assert flower(averaging(5), eval_every=0).metrics.empty
-
-
-def test_lists_and_names_of_columns_among_metrics_stay_apart():
-    metrics = {"time": 3.0, "per_class": [0.25, 0.5]}
-    main = starting(lambda: FedAvg(fraction_evaluate=0.0), 1, evaluate_fn=lambda n, x: MetricRecord(metrics))
-    row = flower(main).metrics.iloc[0]
-    assert (row["time"], row["app_time"], row["per_class_0"], row["per_class_1"]) == (0.0, 3.0, 0.25, 0.5)
-
-
-def test_a_loop_of_its_own_makes_a_version_of_every_new_model_it_sends():
-    def main(grid):
-        for n in range(3):
-            content = RecordDict({"arrays": arrays(x=np.full(2, n))})
-            grid.send_and_receive(messages=[to(0, content), to(1, content)])
-            grid.send_and_receive(messages=[to(2, content, kind="evaluate")])
-
-    run = flower(main)
-    assert run.summary["version"] == 2  # the first one is version 0
-    assert run.events.version.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert run.summary["outcomes"] == {"applied": 9}
-    assert run.summary["mean_staleness"] == 0
-    assert run.model["x"].tolist() == [2, 2]
-
-
-def test_a_model_of_several_dtypes_is_kept_as_it_is():
-    first = {
-        "steps": np.array(3, dtype=np.int64),
-        "weight": np.array([[1.5, -2.0]], dtype=np.float32),
-        "mask": np.array([True, False, True]),
-        "mean": np.array([1e-3], dtype=np.float64),
-    }
-    run = flower(starting(lambda: FedAvg(fraction_train=0.0, fraction_evaluate=0.0), 1, first))
-    for name, value in first.items():
-        np.testing.assert_array_equal(run.model[name].numpy(), value)
-        assert run.model[name].numpy().dtype == value.dtype
-
-
-def test_the_table_of_clients_says_what_they_reported():
-    run = flower(starting(lambda: FedAvg(fraction_evaluate=0.0, fraction_train=0.5), 1))
-    assert sorted(run.clients.samples) == [0, 0, 32, 32]
-    assert run.clients.applied.tolist() == (run.clients.samples // 32).tolist()
-
-
-def test_models_that_are_no_numbers_any_more_are_told_of(caplog):
-    broken = answering(work=lambda message, context: arrays(x=np.full(4, np.nan)))
-    with caplog.at_level(logging.WARNING, "fedsim"):
-        flower(starting(lambda: FedAvg(fraction_evaluate=0.0), 1), broken)
-    assert "non-finite values at 1 s" in caplog.text
-
-
-def test_only_its_own_problem_and_pool_fit(tmp_path):
-    with pytest.raises(fedsim.ConfigError, match="problem=ScheduleOnly: a Flower app brings its own"):
-        flower(averaging(), problem=fedsim.ScheduleOnly())
-    with pytest.raises(fedsim.ConfigError, match="pool=ray: a Flower app runs in this process; use pool=inline"):
-        from fedsim.pool.ray import RayPool
-
-        flower(averaging(), pool=RayPool(), out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_other_strategies_cannot_learn_an_app():
-    from fedsim.flower.simulated.clients import AppProblem, Cost, Nodes
-
-    with pytest.raises((fedsim.FedsimError, KeyError)):
-        fedsim.simulate(OurFedAvg(), AppProblem(Nodes({}, Cost())), stop=fedsim.Stop(rounds=1), clients=2, cohort=2)
-
-
-def test_serving_twice_needs_two_objects():
-    from fedsim.flower.simulated import App, FlowerApp
-
-    strategy = FlowerApp(App(serving(lambda grid: None), answering()))
-    fedsim.simulate(strategy, stop=fedsim.Stop(rounds=1), clients=2)
-    with pytest.raises(fedsim.ConfigError, match="has served a run already"):
-        fedsim.simulate(strategy, stop=fedsim.Stop(rounds=1), clients=2)

@@ -44,6 +44,13 @@ def test_own_strategy_is_twenty_lines_and_runs(folder: Path, capsys: pytest.Capt
     assert float(found[1]) > 0.5  # it learns: chance is 0.1
 
 
+def test_flower_in_python_averages_what_clients_draw_in_virtual_time(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python")[2], "README", "exec"), {"__name__": "readme"})
+    times = [float(each) for each in capsys.readouterr().out.rpartition("[")[2].strip("]\n").split(",")]
+    assert len(times) == 4
+    assert times == sorted(set(times))
+
+
 def stopped_run(path: str) -> None:
     """A run that was stopped in its first instants."""
     from fedsim.assemble import Assembly

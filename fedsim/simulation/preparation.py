@@ -57,7 +57,7 @@ class Preparation:
 
         Args:
             batch: the tasks.
-            measure: trains a task at once, sets its steps and sizes; called for rules whose work depends on its outcome.
+            measure: trains a task at once and sets its steps and sizes; for rules whose work depends on its outcome.
         """
         copies: Copies = {}
         jobs: dict[str, list[LiveTask]] = {}

@@ -115,7 +115,8 @@ class AppFolder(App):
 
     def _unload(self) -> None:
         """Forget its modules, and those of another app with the same names."""
-        tops = {reference.partition(":")[0].partition(".")[0] for reference in self.components.values()}
+        named = {reference.partition(":")[0].partition(".")[0] for reference in self.components.values()}
+        tops = {top for top in named if (self.path / top).is_dir() or (self.path / f"{top}.py").is_file()}
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None)
             if name.partition(".")[0] in tops or (file and Path(file).is_relative_to(self.path)):

@@ -7,6 +7,7 @@ The server app runs in the simulator's own thread. It costs no virtual time itse
 from __future__ import annotations
 
 import copy
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class VirtualGrid(Grid):
         self.broken: BaseException | None = None
         """What ended the run while the server app waited; raised again at whatever else the app asks for."""
         self._advance = advance
+        self._thread = threading.get_ident()
         self._run = empty_run()
         self._queues: dict[int, deque[Posted]] = {}
         """Messages that wait for their node to be free, by client."""
@@ -204,6 +206,8 @@ class VirtualGrid(Grid):
 
     def _check(self) -> None:
         """End the server app here if the run is over: it may have caught what said so before."""
+        if threading.get_ident() != self._thread:
+            raise RuntimeError("in virtual time the Grid serves the thread that the server app was called in, only")
         if self.broken is not None:
             raise self.broken
         if self.sim.stopped is not None:

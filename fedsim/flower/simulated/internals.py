@@ -8,6 +8,7 @@ from unittest import mock
 
 from flwr.app import Error, Message
 from flwr.common.constant import ErrorCode
+from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import strategy_utils
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -70,6 +71,11 @@ def strategies_sleep(sleep: Callable[[float], None]) -> Iterator[None]:
     """Let Flower's strategies wait by ``sleep`` where they wait for nodes to connect."""
     with mock.patch.object(strategy_utils, "sleep", sleep):
         yield
+
+
+def has_main(server: ServerApp) -> bool:
+    """Whether a server app is one of the Message API: those of before bring threads that wait by a real clock."""
+    return getattr(server, "_main", None) is not None
 
 
 def empty_run() -> Run:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from unittest import mock
 from typing import Any
+from unittest import mock
 
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Result, Strategy

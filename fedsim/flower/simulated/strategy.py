@@ -16,7 +16,7 @@ from fedsim.checks import ConfigError, SimulationError, said
 from fedsim.federation import Federation, Reply, Task
 from fedsim.flower.simulated.clients import AnswerMessage, AppProblem, Cost, Nodes
 from fedsim.flower.simulated.grid import RunOverError, VirtualGrid
-from fedsim.flower.simulated.internals import RUN, SERVER_NODE, server_identity
+from fedsim.flower.simulated.internals import RUN, SERVER_NODE, has_main, server_identity
 from fedsim.flower.simulated.metrics import Reports, Watch
 from fedsim.flower.simulated.process_state import flower_log, seeded
 from fedsim.pool import InlinePool
@@ -92,7 +92,8 @@ class FlowerApp(Strategy):
         super().__init__(AnswerMessage())
         self.jobs = dict.fromkeys(("train", "evaluate", "query"), self.jobs["train"])
         self.app = app
-        self._nodes = Nodes(app.run_config, Cost(batch_size, epochs, local_steps, evaluate_cost))
+        self.cost = Cost(batch_size, epochs, local_steps, evaluate_cost)
+        self._nodes = Nodes(app.run_config, self.cost)
         self._grid: VirtualGrid | None = None
         self._server: ServerApp
         self._eval_every = 0
@@ -120,6 +121,8 @@ class FlowerApp(Strategy):
             raise ConfigError(f"pool={fed.pool.name}: a Flower app runs in this process; use pool=inline")
         with seeded(fed.randomness("flower app: load")):  # modules may draw while they are imported
             self._server, self._nodes.client_app = self.app.load()
+        if not has_main(self._server):
+            raise ConfigError("strategy.app: its ServerApp must have a main, `@app.main()`; server_fn is Flower's past")
 
     def start(self, fed: Federation) -> None:
         """Rows of metrics are what the app reports, when it does."""
