@@ -58,7 +58,7 @@ def simulate(
 
     Args:
         strategy: the method; a strategy object serves one run.
-        problem: what is learnt; the embedded Fashion-MNIST images and an MLP unless given.
+        problem: what is learnt; the embedded Fashion-MNIST images and an MLP unless given, or what the strategy brings.
         system: devices, network, presence and faults; equal devices without a network unless given.
         pool: where training runs; this process unless given.
         stop: when the run is over; 100 rounds unless given.
@@ -84,6 +84,9 @@ def simulate(
         SimulationError: if the run cannot go on; what was recorded so far is in ``out``.
         Interrupted: after a signal; a KeyboardInterrupt.
     """
+    if isinstance(strategy, Strategy):
+        check_resume_possible(strategy, out, resume)
+        problem = problem or strategy.own_problem()
     if problem is None:
         from fedsim.problems.classification import Classification
 
@@ -155,6 +158,16 @@ def recorded(sim: Simulation, recording: Recording, observer: Observer | None = 
             recording.fail(sim, error)
             raise
         return recording.finish(sim, {"name": sim.pool.name, "group": getattr(sim.pool, "group", None)})
+
+
+def check_resume_possible(strategy: Strategy, out: Any, resume: bool) -> None:
+    """Refuse to resume a run of a strategy that cannot be saved.
+
+    Raises:
+        ConfigError: saying why not, and what to do instead.
+    """
+    if resume and strategy.unsaved is not None:
+        raise ConfigError(f"{out}: cannot be resumed, {strategy.unsaved}; run it again with overwrite=true")
 
 
 def check_resumable(out: Any, identity: Mapping[str, Any], allow_changes: bool) -> dict[str, Any]:

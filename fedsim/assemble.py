@@ -10,7 +10,7 @@ from typing import Any
 from fedsim.app import MOST_CLIENTS, Observer, check_client_evaluation, check_target, simulate
 from fedsim.checkpoint import CheckpointSchedule
 from fedsim.checks import ConfigError, flag, nearest, whole
-from fedsim.config import GROUPS, PARTS, build
+from fedsim.config import GROUPS, PARTS, build, default_settings
 from fedsim.pool import Pool
 from fedsim.problems.base import Problem
 from fedsim.record import check_free
@@ -36,6 +36,10 @@ RUN_KEYS = (
     "overwrite",
 )
 """Keys of a run beside its groups."""
+
+
+BROUGHT = ("problem", "data", "partition", "model", "local", "topology")
+"""Groups that a strategy with a problem of its own leaves no place for."""
 
 
 class Assembly:
@@ -67,15 +71,20 @@ class Assembly:
         parts = {
             name: build(config[name], name) for name in ("data", "partition", "model", "local", "server", "topology")
         }
-        self.problem: Problem = build(
-            config["problem"], "problem", data=parts["data"], partition=parts["partition"], model=parts["model"]
-        )
         self.strategy: Strategy = build(
             config["strategy"],
             "strategy",
             local=parts["local"],
             server=parts["server"],
             topology=parts["topology"],
+        )
+        if not isinstance(self.strategy, Strategy):
+            raise ConfigError(f"strategy={self.choices.get('strategy')}: {type(self.strategy).__name__} is no Strategy")
+        own = self.strategy.own_problem()
+        if own is not None:
+            self._leave_out(config)
+        self.problem: Problem = own or build(
+            config["problem"], "problem", data=parts["data"], partition=parts["partition"], model=parts["model"]
         )
         system = {name: build(config[name], name) for name in ("compute", "network", "availability", "faults")}
         self.system = System(**system)
@@ -84,8 +93,6 @@ class Assembly:
         self.config = dict(config)
         if not isinstance(self.problem, Problem):
             raise ConfigError(f"problem={self.choices.get('problem')}: {type(self.problem).__name__} is no Problem")
-        if not isinstance(self.strategy, Strategy):
-            raise ConfigError(f"strategy={self.choices.get('strategy')}: {type(self.strategy).__name__} is no Strategy")
         if type(parts["server"]) is not PlainStep and self.strategy.server is not parts["server"]:
             name, why = type(self.strategy).__name__, self.strategy.steps_by
             raise ConfigError(f"server={self.choices.get('server')}: {name} {why}; leave it plain")
@@ -94,6 +101,15 @@ class Assembly:
             check_target(self.problem, self.stop.target, self.eval_every)
         check_client_evaluation(self.problem, self.client_eval_every, self.eval_every)
         self.out = Path(str(config["out"])) if config["out"] is not None else None
+
+    def _leave_out(self, config: Mapping[str, Any]) -> None:
+        """Refuse settings of what the strategy brings along: nobody would look at them."""
+        strategy = self.choices.get("strategy")
+        for group in BROUGHT:
+            if config[group] != default_settings(group):
+                choice = self.choices.get(group)
+                raise ConfigError(f"{group}={choice}: strategy={strategy} brings its own; leave out {group}")
+            self.choices.pop(group, None)
 
     def prepare(self) -> None:
         """Load the data and spread it, for a look whether that works.

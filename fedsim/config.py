@@ -356,6 +356,13 @@ def config_folder() -> Path:
     return Path(str(import_module(CONFIG_MODULE).__file__)).parent
 
 
+def default_settings(group: str) -> Any:
+    """The settings of a group's default choice, as they are when nobody changes them."""
+    defaults = OmegaConf.load(config_folder() / f"{CONFIG_NAME}.yaml").defaults
+    choice = next(each[group] for each in defaults if isinstance(each, DictConfig) and group in each)
+    return OmegaConf.to_container(OmegaConf.load(config_folder() / group / f"{choice}.yaml"))
+
+
 def choices(group: str, folder: Path) -> dict[str, Path]:
     """The choices of a group and their files: ours, then the user's own under ``folder``."""
     found = {path.stem: path for path in sorted((config_folder() / group).glob("*.yaml"))}

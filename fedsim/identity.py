@@ -67,12 +67,18 @@ def config_sha256(config: Mapping[str, Any]) -> str:
 
 
 def code_sha256(parts: Iterable[Any]) -> str:
-    """Hash of fedsim's source files, of those that define the classes of ``parts``, and of modules beside these."""
-    total = hashlib.sha256(_own_code())
+    """Hash of fedsim's source files, of those that define the classes of ``parts``, and of modules beside these.
+
+    A part may name further ``source_files``: what it loads later.
+    """
+    total, parts = hashlib.sha256(_own_code()), list(parts)
     made_of = {each.__module__ for one in parts for each in type(one).__mro__ if _is_users(each.__module__)}
     users = {
         name for name in list(sys.modules) if _is_users(name) and any(belong_together(name, one) for one in made_of)
     }
+    for path in sorted({path for one in parts for path in getattr(one, "source_files", ())}):
+        total.update(f"{path.name}\n".encode())
+        total.update(path.read_bytes())
     for name in sorted(users):
         total.update(f"{name}\n".encode())
         total.update(Path(str(sys.modules[name].__file__)).read_bytes())

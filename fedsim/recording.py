@@ -140,14 +140,17 @@ class Recording:
         """See at the beginning whether the run can be saved at all, so that nobody counts on it in vain."""
         assert self.directory is not None
         self._looked = True
+        if sim.strategy.unsaved is not None:
+            self._cannot(sim.strategy.unsaved)
+            return
         try:
             _checkpoints(self.directory, sim).encode(sim.snapshot())
         except UnreadableError as error:
-            self._cannot(error)
+            self._cannot(f"its state {error}")
 
-    def _cannot(self, error: UnreadableError) -> None:
+    def _cannot(self, why: str) -> None:
         self._savable = False
-        logger.warning("this run cannot be saved and resumed: its state %s", error)
+        logger.warning("this run cannot be saved and resumed: %s", why)
 
     def save(self, sim: Simulation) -> bool:
         """Write a checkpoint, between two instants; False if the run cannot be saved, which is told once."""
@@ -166,7 +169,7 @@ class Recording:
         try:
             _checkpoints(self.directory, sim).write(sim.snapshot(), about)
         except UnreadableError as error:
-            self._cannot(error)
+            self._cannot(f"its state {error}")
         except OSError as error:
             raise self._unwritable(error) from error
         self._saved, self._events_saved = time.monotonic(), sim.kernel.handled

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         elif word.startswith("-"):
             raise ConfigError(f"{word}: unknown flag, {nearest(word, (*MULTIRUN, *JOBS, '--cfg', '--help'))}")
         else:
-            overrides.append(word)
+            overrides.append(in_full(word))
     if multirun and show:
         raise ConfigError("--cfg: shows one configuration, not a sweep; leave out -m")
     if jobs is not None and not multirun:
@@ -62,6 +62,13 @@ def main(arguments: Sequence[str]) -> int:
     if multirun:
         return sweep(overrides, jobs)
     return _show(overrides) if show else _single(overrides)
+
+
+def in_full(word: str) -> str:
+    """What is short for another override: a Flower app's folder and settings, which are not known beforehand."""
+    if word.startswith("app="):
+        return f"strategy.{word}"
+    return f"++{word}" if word.startswith("strategy.run_config.") else word
 
 
 def _show(overrides: list[str]) -> int:

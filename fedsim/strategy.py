@@ -19,6 +19,7 @@ from torch import Tensor
 from fedsim.checks import number, one_of, optional_seconds, optional_whole, seconds, whole
 from fedsim.federation import Federation, Reply, Task, Timer
 from fedsim.local import MOST, LocalSGD
+from fedsim.problems.base import Problem
 from fedsim.server import PlainStep
 from fedsim.topology import Ring, Topology
 
@@ -45,6 +46,8 @@ class Strategy:
     """Whether a client may make another number of local steps than it is asked for, if it says so beforehand."""
     steps_by: ClassVar[str] = "makes server steps of its own"
     """Why a strategy that takes no ``server`` does not."""
+    unsaved: ClassVar[str | None] = None
+    """Why a run of this strategy cannot be saved and resumed; None if it can."""
 
     def __init__(self, local: LocalSGD | None = None, server: PlainStep | None = None) -> None:
         self.jobs = {"train": local if local is not None else LocalSGD()}
@@ -65,6 +68,22 @@ class Strategy:
         Raises:
             ConfigError: naming the setting.
         """
+
+    def own_problem(self) -> Problem | None:
+        """What is learnt, if the strategy brings that along; None leaves it to whoever puts the run together."""
+        return None
+
+    def drive(self, fed: Federation, advance: Callable[[], bool]) -> None:
+        """Let the run happen: each call of ``advance`` brings about the next instant, False once the run is over.
+
+        For strategies that wait for replies in their own course; all others answer events.
+        """
+        while advance():
+            pass
+
+    def rounds(self, fed: Federation) -> int:
+        """How many rounds are over, where ``everybody`` makes one."""
+        return fed.version
 
     def start(self, fed: Federation) -> None:
         """Time 0, before anything else."""

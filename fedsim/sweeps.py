@@ -266,7 +266,7 @@ def _state(assembly: Assembly, path: Path) -> str:
     if before["config_sha256"] != identity["config_sha256"]:
         raise ConfigError(f"out={path}: holds a run of another configuration, give another directory or overwrite=true")
     changed = differences(before, identity)
-    if changed and state == RESUMED:
+    if state == RESUMED and (changed or assembly.strategy.unsaved is not None):
         return _afresh(path)
     if changed:
         print(f"fedsim: {path}: complete, but made by something else ({'; '.join(changed)})", file=sys.stderr)

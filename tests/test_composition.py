@@ -38,7 +38,7 @@ from fedsim.strategies.known_probability import KnownProbability
 from fedsim.strategies.scaffold import Scaffold
 
 CONF = Path(__file__).parents[1] / "conf"
-NAMES = sorted(choices("strategy", Path(__file__).parent))
+NAMES = sorted(choices("strategy", Path(__file__).parent).keys() - {"flower"})  # its parts are the app's own
 LOCAL, SERVER = (sorted(path.stem for path in (CONF / group).glob("*.yaml")) for group in ("local", "server"))
 
 Vector = NDArray[np.float64]

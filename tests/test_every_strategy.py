@@ -18,7 +18,7 @@ from fedsim.config import choices, compose_run
 from fedsim.system.compute import Constant
 from fedsim.system.faults import Faults
 
-NAMES = sorted(choices("strategy", Path(__file__).parent))
+NAMES = sorted(choices("strategy", Path(__file__).parent).keys() - {"flower"})  # that one is whatever app it is given
 
 PEERS = {"dpsgd", "dfedavg", "dfedavgm", "dfedsam", "dfedsam_mgs"}
 ONLINE = {"fedau", "average_participating", "average_all", "known_probability"}

@@ -28,6 +28,7 @@ def blocks(language: str) -> list[str]:
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     return tmp_path
 
 
@@ -77,6 +78,13 @@ def test_own_device_model_and_problem_run(own_parts: Path, capsys: pytest.Captur
     assert "compute.share=many: must be a number" in capsys.readouterr().err
 
 
+def test_flower_in_python_averages_what_clients_draw_in_virtual_time(capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python")[4], "README", "exec"), {"__name__": "readme"})
+    times = [float(each) for each in capsys.readouterr().out.rpartition("[")[2].strip("]\n").split(",")]
+    assert len(times) == 4
+    assert times == sorted(set(times))
+
+
 def stopped_run(path: str) -> None:
     """A run that was stopped in its first instants."""
     from fedsim.assemble import Assembly
@@ -94,12 +102,13 @@ def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -
     """Each `fedsim run ...` line composes and builds; the cheap ones run whole elsewhere."""
     from fedsim.assemble import Assembly
     from fedsim.config import compose_run, expand
+    from fedsim.running import in_full
 
     shown = [line.strip().partition(" #")[0] for line in README.splitlines() if line.startswith("    fedsim ")]
     assert len(shown) >= 6
     for _, command, *arguments in map(str.split, dict.fromkeys(shown)):
         if command == "run" and "--help" not in arguments:
-            for member in expand([each for each in arguments if each != "-m"]):
+            for member in expand([in_full(each) for each in arguments if each != "-m"]):
                 Assembly(*compose_run(member, Path.cwd()))
         elif command == "resume":
             stopped_run(arguments[0])
@@ -162,4 +171,5 @@ def test_every_command_shown_runs_as_it_stands_one_after_the_other(own_parts: Pa
         assert done.stdout.strip(), command
     for manifest in own_parts.glob("runs/**/manifest.json"):
         assert len(pd.read_parquet(manifest.parent / "events.parquet"))
-    assert len(list(own_parts.glob("runs/*"))) >= sum(command.startswith("run ") for command in commands) - 8
+    shown = [command for command in commands if re.match(r"run (?!.*--help)", command)]
+    assert len(list(own_parts.glob("runs/*"))) == 1 + sum(" -m " not in f" {command} " for command in shown)

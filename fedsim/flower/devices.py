@@ -52,7 +52,8 @@ class Measured(Compute):
     def __init__(self) -> None:
         super().__init__()
 
-    def _speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+    def speeds(self, clients: int, draw: Draw) -> NDArray[np.float64]:
+        """None known yet."""
         self.overhead = np.full(clients, np.nan)
         """Seconds of a task that were not local work: its way to the node and back."""
         return np.full(clients, np.nan)

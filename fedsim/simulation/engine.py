@@ -109,7 +109,7 @@ class Simulation(Federation):
     @property
     def round(self) -> int:
         """Cohorts of results received, or models published by peers: a node that is away must not hold up the count."""
-        return self._version if self.strategy.everybody else self.updates // self.cohort
+        return self.strategy.rounds(self) if self.strategy.everybody else self.updates // self.cohort
 
     @property
     def model(self) -> Tensor:
@@ -264,10 +264,15 @@ class Simulation(Federation):
         try:
             if not self._begun:
                 self._begin()
-            while self.stopped is None:
-                self._advance()
-                for observer in observers:
-                    observer(self)
+
+            def advance() -> bool:
+                if self.stopped is None:
+                    self._advance()
+                    for observer in observers:
+                        observer(self)
+                return self.stopped is None
+
+            self.strategy.drive(self, advance)
         finally:
             gc.unfreeze()
         self.close()

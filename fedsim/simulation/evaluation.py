@@ -107,12 +107,24 @@ class Evaluation:
     def _moment(self) -> tuple[int, int, int]:
         return self.sim.kernel.now, self.sim.updates, self.sim.version
 
+    def standing(self) -> tuple[Any, ...]:
+        """How a row of metrics begins now."""
+        sim = self.sim
+        down, up = sim.bytes_moved()
+        return sim.version, sim.round, sim.now, sim.updates, sim.samples_done, up, down
+
+    def report(self, standing: tuple[Any, ...], metrics: Mapping[str, float]) -> None:
+        """Add a row of metrics that somebody else has measured, of the moment that ``standing`` was taken."""
+        self.latest = dict(metrics)
+        for name in self.latest:
+            self.log.columns.setdefault(name, "float64")
+        values = [self.latest.get(name) for name in list(self.log.columns)[len(METRIC_COLUMNS) :]]
+        self.log.append((*standing, *values))
+
     def _take(self, clients: bool) -> None:
         """Evaluate the views as they are now: at once, or while workers train, if nobody asks before."""
         self.catch_up()
-        sim = self.sim
-        down, up = sim.bytes_moved()
-        begin = (sim.version, sim.round, sim.now, sim.updates, sim.samples_done, up, down)
+        sim, begin = self.sim, self.standing()
         views = dict(sim.strategy.views(sim))
         self._taken = self._moment()
         may_wait = sim.pool.trains_beside and sim.limits.target is None and not clients
@@ -131,8 +143,7 @@ class Evaluation:
             self._evaluate(*due, {})
 
     def _evaluate(self, views: Mapping[str, Tensor], begin: tuple[Any, ...], per_client: dict[str, float]) -> None:
-        problem = self.sim.problem
-        self.latest = {}
+        problem, metrics = self.sim.problem, dict[str, float]()
         for view, vectors in views.items():
             prefix = "" if view == "global" else f"{view}_"
             if vectors.ndim == 1:
@@ -140,12 +151,9 @@ class Evaluation:
             else:
                 found = _of_nodes(problem, prefix, vectors)
                 found["consensus" if view == "nodes" else f"{view}_consensus"] = consensus(vectors)
-            self.latest.update(found)
-        self.latest.update(per_client)
-        for name in self.latest:
-            self.log.columns.setdefault(name, "float64")
-        metrics = [self.latest.get(name) for name in list(self.log.columns)[len(METRIC_COLUMNS) :]]
-        self.log.append((*begin, *metrics))
+            metrics.update(found)
+        metrics.update(per_client)
+        self.report(begin, metrics)
 
 
 def consensus(nodes: Tensor) -> float:

@@ -120,7 +120,13 @@ class Lifecycle:
     def _measure(self, task: LiveTask) -> None:
         """Train a task now, for how long it takes depends on the outcome."""
         self._train([task])
-        task.steps = self._result(task).steps
+        result = self._result(task)
+        task.steps = result.steps
+        if result.sizes is not None:
+            task.samples, task.down_bytes, task.up_bytes = result.sizes
+        else:
+            rule, held = self.sim.strategy.jobs[task.order.job], self.sim.samples[[task.client]]
+            task.samples = rule.examples(np.array([task.steps]), held).item()
 
     def _schedule(self, task: LiveTask) -> None:
         """Put the task's end into the heap: its arrival, or when the server notices that it is lost."""

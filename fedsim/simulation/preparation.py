@@ -57,7 +57,7 @@ class Preparation:
 
         Args:
             batch: the tasks.
-            measure: trains a task at once and sets its steps; called for rules whose work depends on its outcome.
+            measure: trains a task at once and sets its steps and sizes; for rules whose work depends on its outcome.
         """
         copies: Copies = {}
         jobs: dict[str, list[LiveTask]] = {}
@@ -70,10 +70,6 @@ class Preparation:
                 for task in tasks:
                     task.gradients = rule.gradients_per_step
             self._take(tasks, rule, copies, measure)
-            if rule.measured:
-                examples = rule.examples(np.array([task.steps for task in tasks]), self._samples(tasks))
-                for task, count in zip(tasks, examples.tolist(), strict=True):
-                    task.samples = count
 
     def _take(
         self, tasks: Sequence[LiveTask], rule: LocalSGD, copies: Copies, measure: Callable[[LiveTask], None]

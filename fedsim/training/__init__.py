@@ -9,13 +9,14 @@ import torch
 from fedsim.local import LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
-from fedsim.training.base import Result, Trainer, Work, out_of_memory
+from fedsim.training.base import Result, SelfTrained, Sizes, Trainer, Work, out_of_memory
 from fedsim.training.general import GeneralTrainer
 from fedsim.training.stacked import StackedTrainer
 from fedsim.training.vmapped import Vmapped, VmapTrainer
 
 __all__ = [
-    "GeneralTrainer", "Result", "StackedTrainer", "Trainer", "VmapTrainer", "Work", "out_of_memory", "trainer_for",
+    "GeneralTrainer", "Result", "SelfTrained", "Sizes", "StackedTrainer", "Trainer", "VmapTrainer", "Work",
+    "out_of_memory", "trainer_for",
 ]  # fmt: skip
 
 
@@ -28,6 +29,8 @@ def trainer_for(
         ConfigError: if the problem cannot be trained on the device.
     """
     device = torch.device(device)
+    if isinstance(problem, SelfTrained):
+        return problem.trainer(randomness, device)
     if not problem.trains:
         return StackedTrainer(problem, jobs, randomness)
     if problem.chain() is not None:

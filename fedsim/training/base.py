@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedsim.checks import TaskError, said
 from fedsim.local import LocalSGD
+from fedsim.problems.base import Problem
+from fedsim.rng import Randomness
 from fedsim.vectors import is_aligned
 
 
@@ -31,6 +33,14 @@ class Work:
     steps: int
 
 
+class Sizes(NamedTuple):
+    """What a task works through and moves, where nothing but the work itself can tell."""
+
+    samples: int
+    down_bytes: int
+    up_bytes: int
+
+
 @dataclass(slots=True)
 class Result:
     """What one task gives back: what travels up, and the client's new state."""
@@ -45,6 +55,8 @@ class Result:
     error: TaskError | None = None
     """What client code raised. It counts when the result is due and not before, so that a task nobody waits for any
     more cannot end a run."""
+    sizes: Sizes | None = None
+    """Of a measured rule's task, if the rule cannot count them; None leaves it to the rule."""
 
 
 def out_of_memory(tasks: int) -> str:
@@ -60,6 +72,18 @@ class Trainer(ABC):
     @abstractmethod
     def train(self, group: Sequence[Work]) -> list[Result]:
         """The results of a group, in its order; a task whose client code raised has an ``error``."""
+
+
+class SelfTrained(Problem):
+    """A problem whose tasks are worked on in a way of its own."""
+
+    @abstractmethod
+    def trainer(self, randomness: Randomness, device: torch.device) -> Trainer:
+        """What works on its tasks.
+
+        Raises:
+            ConfigError: if that cannot be done on the device.
+        """
 
 
 def stacked_tensors(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
