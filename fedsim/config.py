@@ -36,7 +36,7 @@ PARTS = (
 )  # fmt: skip
 """Groups whose choices become objects."""
 
-GROUPS = (*PARTS, "pool", "checkpoint", "experiment")
+GROUPS = (*PARTS, "pool", "checkpoint", "tracker", "experiment")
 
 
 # ---- composing -----------------------------------------------------------------------------------
