@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fedsim.strategy import Anarchic, Asynchronous, Peers, Round, Strategy, Synchronous, idle_with_data
     from fedsim.system import System
     from fedsim.topology import Topology
+    from fedsim.tracking import Tracker
     from fedsim.vectors import Layout, mean, weighted_sum
     from fedsim.wire.quantisation import Quantiser
 
@@ -67,6 +68,7 @@ _HOME = {
     "fedsim.strategy": "Anarchic Asynchronous Peers Round Strategy Synchronous idle_with_data",
     "fedsim.system": "System",
     "fedsim.topology": "Topology",
+    "fedsim.tracking": "Tracker",
     "fedsim.vectors": "Layout mean weighted_sum",
     "fedsim.wire.quantisation": "Quantiser",
 }
@@ -109,6 +111,7 @@ __all__ = [
     "TensorSpec",
     "Timer",
     "Topology",
+    "Tracker",
     "__version__",
     "expected_seconds",
     "flag",

@@ -25,6 +25,7 @@ from fedsim.rng import Randomness
 from fedsim.simulation import Simulation, Stop
 from fedsim.strategy import Strategy
 from fedsim.system import System
+from fedsim.tracking import Tracker, Tracking
 
 Observer = Callable[[Simulation], None]
 
@@ -53,6 +54,7 @@ def simulate(
     config: Mapping[str, Any] | None = None,
     labels: Mapping[str, str] | None = None,
     observer: Observer | None = None,
+    tracker: Tracker | None = None,
 ) -> Run:
     """Run one federation in virtual time.
 
@@ -78,6 +80,7 @@ def simulate(
         config: what to write as ``config.yaml``; what can be said of the arguments unless given.
         labels: names of the parts for the manifest, such as ``{"strategy": "fedavg"}``; class names unless given.
         observer: called with the simulation at the end of every instant.
+        tracker: told of every evaluation; nobody unless given.
 
     Raises:
         ConfigError: if something handed in is wrong; nothing has been written then.
@@ -92,6 +95,8 @@ def simulate(
 
         problem = Classification()
     system, pool, stop = system or System(), pool or InlinePool(), stop or Stop(rounds=100)
+    tracking = Tracking(tracker or Tracker())
+    tracking.tracker.check(Path(out) if isinstance(out, (str, Path)) else None)
     with one_thread():
         sim = _assemble(strategy, problem, system, pool, stop, seed, clients, cohort, eval_every, client_eval_every)
         strategy.check_federation(sim)
@@ -105,7 +110,7 @@ def simulate(
         try:
             directory = directory_for(out, overwrite, resume)
             recording = Recording(directory, described, identity, checkpoint or CheckpointSchedule())
-            return recorded(sim, recording, observer, resume)
+            return recorded(sim, recording, tracking, observer, resume)
         finally:
             pool.close()
 
@@ -132,14 +137,20 @@ def directory_for(
     return directory
 
 
-def recorded(sim: Simulation, recording: Recording, observer: Observer | None = None, resume: bool = False) -> Run:
+def recorded(
+    sim: Simulation,
+    recording: Recording,
+    tracking: Tracking,
+    observer: Observer | None = None,
+    resume: bool = False,
+) -> Run:
     """Run ``sim`` to its end, whatever that is, and keep its records.
 
     Raises:
         SimulationError: if the run cannot go on; what was recorded so far has been written.
         Interrupted: after a signal; a KeyboardInterrupt.
     """
-    observers = [recording.tick] if observer is None else [recording.tick, observer]
+    observers = [recording.tick, tracking.tick, *([] if observer is None else [observer])]
     try:
         if resume:
             recording.go_on(sim)
@@ -148,16 +159,22 @@ def recorded(sim: Simulation, recording: Recording, observer: Observer | None = 
     except BaseException:
         recording.close()
         raise
+    tracking.begin(sim, None if recording.directory is None else recording.directory.path, recording.config)
     sim.strategy.__dict__["_served"] = True  # not an attribute of the class: subclasses need not call super().__init__
     with Interrupts() if recording.directory is not None else contextlib.nullcontext() as interrupts:
         try:
             sim.run(observers if interrupts is None else [*observers, interrupts.check])
         except Interrupted as interruption:
-            raise Interrupted(recording.interrupt(sim), interruption.signal) from None
+            text = recording.interrupt(sim)
+            tracking.end(sim, None)
+            raise Interrupted(text, interruption.signal) from None
         except BaseException as error:
             recording.fail(sim, error)
+            tracking.end(sim, None)
             raise
-        return recording.finish(sim, {"name": sim.pool.name, "group": getattr(sim.pool, "group", None)})
+        run = recording.finish(sim, {"name": sim.pool.name, "group": getattr(sim.pool, "group", None)})
+        tracking.end(sim, run.summary)
+        return run
 
 
 def check_resume_possible(strategy: Strategy, out: Any, resume: bool) -> None:

@@ -20,6 +20,7 @@ from fedsim.server import PlainStep
 from fedsim.simulation import Stop
 from fedsim.strategy import Strategy
 from fedsim.system import System
+from fedsim.tracking import Tracker
 
 RUN_KEYS = (
     "seed",
@@ -58,7 +59,7 @@ class Assembly:
         for key, value in config.items():
             if key not in RUN_KEYS and key not in GROUPS:
                 raise ConfigError(f"{key}={value}: unknown key, {nearest(key, (*RUN_KEYS, *GROUPS))}")
-        for key in (*RUN_KEYS, *PARTS, "pool", "checkpoint"):
+        for key in (*RUN_KEYS, *PARTS, "pool", "checkpoint", "tracker"):
             if key not in config:
                 raise ConfigError(f"{key}: must be given")
         self.seed = whole("seed", config["seed"])
@@ -90,6 +91,7 @@ class Assembly:
         self.system = System(**system)
         self.pool: Pool = build(config["pool"], "pool")
         self.checkpoint: CheckpointSchedule = build(config["checkpoint"], "checkpoint")
+        self.tracker: Tracker = build(config["tracker"], "tracker")
         self.config = dict(config)
         if not isinstance(self.problem, Problem):
             raise ConfigError(f"problem={self.choices.get('problem')}: {type(self.problem).__name__} is no Problem")
@@ -101,6 +103,9 @@ class Assembly:
             check_target(self.problem, self.stop.target, self.eval_every)
         check_client_evaluation(self.problem, self.client_eval_every, self.eval_every)
         self.out = Path(str(config["out"])) if config["out"] is not None else None
+        if not isinstance(self.tracker, Tracker):
+            raise ConfigError(f"tracker={self.choices.get('tracker')}: {type(self.tracker).__name__} is no Tracker")
+        self.tracker.check(self.out)
 
     def _leave_out(self, config: Mapping[str, Any]) -> None:
         """Refuse settings of what the strategy brings along: nobody would look at them."""
@@ -155,6 +160,7 @@ class Assembly:
             config=self.config,
             labels=self.choices,
             observer=observer,
+            tracker=self.tracker,
         )
 
 

@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,7 +36,7 @@ PARTS = (
 )  # fmt: skip
 """Groups whose choices become objects."""
 
-GROUPS = (*PARTS, "pool", "checkpoint", "experiment")
+GROUPS = (*PARTS, "pool", "checkpoint", "tracker", "experiment")
 
 
 # ---- composing -----------------------------------------------------------------------------------
@@ -215,6 +216,31 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     except (HydraException, AssertionError, ValueError) as error:
         raise ConfigError(f"{' '.join(overrides)}: cannot be swept ({_one_line(error)}); list the values") from None
     return [list(member) for batch in batches for member in batch]
+
+
+def swept_values(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """What each key with several values may be, as texts: every one of a list, both ends of a range or interval.
+
+    Raises:
+        ConfigError: if an override cannot be read.
+    """
+    try:
+        parsed = [
+            each for each in OverridesParser.create().parse_overrides(list(overrides)) if each.is_sweep_override()
+        ]
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override}: cannot be read as key=value") from None
+    found = {}
+    for each in parsed:
+        value = each.value()
+        if isinstance(value, IntervalSweep):
+            found[each.get_key_element()] = [str(value.start), str(value.end)]
+        else:
+            texts = list(each.sweep_string_iterator())
+            found[each.get_key_element()] = (
+                texts if each.is_choice_sweep() else list(dict.fromkeys(texts[:: len(texts) - 1 or 1]))
+            )
+    return found
 
 
 # ---- building ------------------------------------------------------------------------------------

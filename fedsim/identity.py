@@ -20,7 +20,7 @@ from fedsim.version import __version__
 LOCKED = ("torch", "numpy", "pandas", "pyarrow", "hydra-core", "omegaconf", "safetensors", "scipy", "matplotlib")
 """Distributions whose versions are part of a run's identity."""
 
-NOT_IDENTITY = ("out", "overwrite", "pool", "checkpoint")
+NOT_IDENTITY = ("out", "overwrite", "pool", "checkpoint", "tracker")
 """Configuration keys that say where a run goes and how it is executed, not what it is."""
 
 

@@ -20,7 +20,7 @@ COMMANDS = ("run", "resume", "deploy", "report", "plot", "list", "traces", "doct
 MULTIRUN = ("-m", "--multirun")
 JOBS = ("-j", "--jobs")
 
-HOW = ("pool", "checkpoint")
+HOW = ("pool", "checkpoint", "tracker")
 """Groups that say how a run is executed and not what it is."""
 
 
@@ -89,8 +89,8 @@ def resume(directory: str, overrides: Sequence[str], allow_changes: bool) -> int
 
     Args:
         directory: of the run.
-        overrides: of ``pool`` and ``checkpoint`` only: how it is executed may change, what it is may not. A group
-            that is touched is as the command line says, with the defaults of its choice.
+        overrides: of ``pool``, ``checkpoint`` and ``tracker`` only: how it is executed may change, what it is may not.
+            A group that is touched is as the command line says, with the defaults of its choice.
         allow_changes: even if code or versions have changed since.
 
     Raises:
@@ -108,9 +108,11 @@ def resume(directory: str, overrides: Sequence[str], allow_changes: bool) -> int
     config, choices = _begun_with(path), identity["choices"]
     for each in overrides:
         if each.partition("=")[0].partition(".")[0] not in HOW:
-            raise ConfigError(f"{each}: a run is resumed as it was begun; only {' and '.join(HOW)} may change")
+            raise ConfigError(f"{each}: a run is resumed as it was begun; only {', '.join(HOW)} may change")
     if overrides:
-        kept = [f"{group}={choices[group]}" for group in HOW if f"{group}=" not in "".join(overrides)]
+        kept = [
+            f"{group}={choices[group]}" for group in HOW if group in choices and f"{group}=" not in "".join(overrides)
+        ]
         composed = compose_single([*kept, *overrides], Path.cwd(), "which is no way to resume a run")[0]
         config |= {group: composed[group] for group in HOW if any(each.startswith(group) for each in overrides)}
     assembly = Assembly({**config, "out": str(path)}, choices)

@@ -216,11 +216,11 @@ def test_runs_started_in_the_same_second_do_not_collide(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["q sweep", "it's", "a,b", "$HOME", "[x]"])
 def test_a_sweep_goes_where_it_was_told(name: str, folder: Path) -> None:
-    from fedsim.sweeps import _quoted
+    from fedsim.sweeps.multirun import quoted
 
-    assert main(["run", "-m", *QUICK, "seed=0", f"out={_quoted(Path(name))}"]) == 0
+    assert main(["run", "-m", *QUICK, "seed=0", f"out={quoted(Path(name))}"]) == 0
     assert sorted(os.listdir(folder)) == [name]
-    assert {path.name for path in (folder / name).iterdir()} == {"0", "multirun.yaml"}
+    assert {path.name for path in (folder / name).iterdir()} == {"0", "index.csv", "index.parquet", "multirun.yaml"}
 
 
 @pytest.mark.parametrize("path", ["fedavg.yaml", "conf/strategy/fedavg.yaml"])

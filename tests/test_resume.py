@@ -342,7 +342,7 @@ def test_resume_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for wrong, expected in (
         (["resume", "nowhere"], "nowhere: does not exist"),
         (["resume", "."], "is not a run's directory"),
-        (["resume", "run", "rounds=7"], "only pool and checkpoint may change"),
+        (["resume", "run", "rounds=7"], "only pool, checkpoint, tracker may change"),
         (["resume"], "the following arguments are required: DIR"),
     ):
         assert main(wrong) == 2

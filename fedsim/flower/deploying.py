@@ -14,6 +14,7 @@ from fedsim.flower.deployment import Clock, Deployment, Sleep
 from fedsim.identity import identify, parts_of
 from fedsim.recording import Recording, Run
 from fedsim.rng import Randomness
+from fedsim.tracking import Tracking
 
 
 def deploy(
@@ -66,6 +67,6 @@ def deploy(
             out = new_folder if assembly.out is None else assembly.out
             directory = directory_for(out, assembly.overwrite)
             recording = Recording(directory, assembly.config, identity, CheckpointSchedule(None))
-            return recorded(deployment, recording, observer)
+            return recorded(deployment, recording, Tracking(assembly.tracker), observer)
         finally:
             deployment.pool.close()
