@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -147,17 +149,23 @@ def carried(message: Message) -> Message:
     return other
 
 
-SMALL = (
-    "data=embedded", "problem.validation=0.02", "model.hidden=[8]", "clients=3", "cohort=3", "rounds=2",
-    "local.batch_size=50", "partition=iid",
-)  # fmt: skip
+SMALL = ("problem=least_squares", "clients=3", "cohort=3", "rounds=2", "local.batch_size=50", "local.lr=0.01",
+         "network=none")  # fmt: skip
+IMAGES = ("problem=classification", "problem.validation=0.02", "model.hidden=[8]", "partition=iid")
+
+
+@lru_cache
+def composed(*overrides: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """A small configuration; Hydra takes longer than the run."""
+    return compose_run([*SMALL, *overrides], Path(__file__).parent)
 
 
 def grid_of(
     tmp_path: Any, *overrides: str, speeds: tuple[float, ...] = (0.0, 0.0, 0.0), loader: str = "", **settings: Any
 ) -> TestGrid:
     """A grid for a small configuration, with a node of each speed (seconds per step), numbered from 1000."""
-    config, choices = compose_run([*SMALL, *overrides, f"out={tmp_path / 'out'}"], tmp_path)
+    config, choices = composed(*overrides)
+    config = {**config, "out": str(tmp_path / "out")}
     grid = TestGrid(run_config(config, choices, loader, **{"poll_seconds": 0.1, **settings}), Ticks())
     for client, per_step in enumerate(speeds):
         grid.add(1000 + client, per_step, partition_id=client, num_partitions=len(speeds))

@@ -146,8 +146,8 @@ class Deployment(Simulation):
                 break
             if self._clock() - began >= wait:
                 if not there:
-                    told = "; ".join(self.pool.refused.values())
-                    raise SimulationError(f"no node has come within {wait:g} s{': ' if told else ''}{told}")
+                    told = "".join(f"; not taken: {why}" for why in dict.fromkeys(self.pool.refused.values()))
+                    raise SimulationError(f"no node has come within {wait:g} s{told}")
                 logger.warning("begins with %d of %d clients: the others have not come within %g s",
                                there, self.clients, wait)  # fmt: skip
                 break
@@ -256,8 +256,8 @@ def check_deployable(strategy: Strategy, problem: Problem) -> None:
     """
     if strategy.everybody:
         raise ConfigError(
-            f"strategy={type(strategy).__name__.lower()}: its peers talk to each other, a deployment's nodes talk to "
-            "their server only; simulate it with fedsim run"
+            f"strategy: {type(strategy).__name__} has peers that talk to each other or work unasked, a deployment has "
+            "nodes that answer their server; simulate it with fedsim run"
         )
     if not problem.trains:
         raise ConfigError(f"problem={type(problem).__name__}: trains nothing; deploy one that does")

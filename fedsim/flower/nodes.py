@@ -69,6 +69,14 @@ class Sent:
     """What was told with it."""
 
 
+@dataclass(slots=True)
+class Unusable(Result):
+    """A result that must not be used."""
+
+    wrong: str = ""
+    """Why."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What has become of a task."""
@@ -76,8 +84,7 @@ class Answer:
     task: int
     result: Result | None = None
     report: Report | None = None
-    wrong: str = ""
-    """Why its result must not be used."""
+    """What its node says of a result that may be used."""
     lost: str = ""
     """Why there is no result: ``failed``, ``interrupted`` or ``dropped``."""
     said: str = ""
@@ -118,6 +125,8 @@ class Nodes(Pool):
         self._sent: dict[str, Sent] = {}
         self._message_of: dict[int, str] = {}
         """The message by which each task that is out went."""
+        self._away: dict[int, Member] = {}
+        """Members that have gone, by node: one that comes back still holds what has to be told to it."""
         self._said: dict[int, int] = {}
         """How many examples each client has said it holds: it may not change its mind."""
 
@@ -176,11 +185,11 @@ class Nodes(Pool):
 
     def decided(self, client: int, task: int, used: bool) -> None:
         """The server has used the result of a task, or never will; its node is told with the next task."""
-        member = self.members.get(client)
-        if member is not None and task in member.undecided:
-            member.undecided.remove(task)
-            if used:
-                member.accepted.append(task)
+        for member in (*filter(None, [self.members.get(client)]), *self._away.values()):
+            if member.client == client and task in member.undecided:
+                member.undecided.remove(task)
+                if used:
+                    member.accepted.append(task)
 
     # ---- looking -------------------------------------------------------------------------------------
 
@@ -189,7 +198,7 @@ class Nodes(Pool):
         there = {int(node) for node in self.grid.get_node_ids()}
         went = [member for member in self.members.values() if member.node not in there]
         for member in went:
-            del self.members[member.client]
+            self._away[member.node] = self.members.pop(member.client)
             for task in [sent.work.task for sent in self._sent.values() if sent.node == member.node]:
                 self.forget(task)
         if went:
@@ -230,8 +239,8 @@ class Nodes(Pool):
     def _meet(self, greeted: tuple[int, int], message: Message, there: set[int]) -> Member | None:
         """A node has said who it is: it becomes a member, or is told off."""
         node, offered = greeted
-        if node not in there:
-            return None
+        if node not in there or (message.has_error() and message.error.code in LOST):
+            return None  # if it is still there, it will be asked again
         try:
             self._from(node, message)
             if message.has_error():
@@ -245,6 +254,11 @@ class Nodes(Pool):
             logger.warning("node %d is not taken: %s", node, error)
             return None
         member = Member(node, said.client, said.samples, said.seconds_per_gradient, said.pause, said.next_steps)
+        before = self._away.pop(node, None)
+        if before is not None and before.client == said.client:
+            member.accepted, member.undecided = before.accepted, before.undecided
+        elif said.client in self._said:
+            logger.warning("client %d is another node than before: what it kept between tasks is gone", said.client)
         self.members[said.client], self._said[said.client] = member, said.samples
         logger.info("client %d is node %d, which holds %d examples", said.client, node, said.samples)
         return member
@@ -289,7 +303,7 @@ class Nodes(Pool):
             self._check_report(report, sent)
             payload = tensors(content, "payload", self._specs[sent.work.job])
         except WireError as error:
-            return Answer(task, result=Result({}, {}, 0), wrong=str(error))
+            return Answer(task, result=Unusable({}, {}, 0, wrong=str(error)))
         member = self.members[sent.work.client]
         member.accepted = member.accepted[len(sent.accepted) :]  # it knows of these now
         member.undecided.append(task)
