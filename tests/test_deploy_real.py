@@ -17,9 +17,12 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-import fedsim
 from fedsim.assemble import Assembly
 from fedsim.config import compose_run
+from fedsim.flower import commands
+from fedsim.flower.certificates import ServerFiles, issue_node_key
+from fedsim.flower.local import free_ports
+from fedsim.flower.processes import Process, Processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deploy")]
 
@@ -79,24 +82,40 @@ class Deployment:
             return 0
 
 
+def stranger(deployment: Deployment, folder: Path) -> Process:
+    """What becomes of a supernode that trusts the superlink, but whose key nobody has made known to it."""
+    deployment.until(lambda: deployment.process("supernode 1") is not None)
+    superlink = psutil.Process(deployment.process("superlink")).cmdline()
+    authority, port = (Path(superlink[superlink.index(word) + 1]) for word in ("--ssl-ca-certfile", "--port"))
+    own = folder / "stranger"
+    (own / "programs").mkdir(parents=True)
+    commands.write_programs(own / "programs")
+    link = commands.Superlink("127.0.0.1", int(str(port)), ServerFiles(authority, authority, authority))
+    command = commands.supernode(link, 1, 2, free_ports(1)[0], issue_node_key(own, "key"))
+    with Processes(own) as ours:
+        process = ours.start("stranger", command, commands.environment(own, own / "programs"), own)
+        process.popen.wait(LONGEST_SECONDS)
+    return process
+
+
 def test_two_rounds_of_fedavg_give_the_simulated_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = ["strategy=fedavg", "rounds=2"]
     deployment = Deployment(tmp_path, *method)
+    refused = stranger(deployment, tmp_path)
     assert deployment.ended() == 0, deployment.said.read_text()
     assert "out: stopped by rounds at " in deployment.said.read_text().splitlines()[-1]
     monkeypatch.chdir(tmp_path)
     simulated = Assembly(*compose_run([*SMALL, *method, "out=simulated"], tmp_path)).run()
     deployed = load_file(deployment.out / "model.safetensors")
-    start = fedsim.Classification  # the model has moved: zero updates would be equal as well
-    assert start
     for name, tensor in simulated.model.items():
         np.testing.assert_allclose(deployed[name].numpy(), tensor.numpy(), rtol=0, atol=1e-6)
+    assert simulated.summary["metrics"]["accuracy"] > 0.5  # it has learnt: two models at rest are equal, too
     log = (deployment.out / "logs/superlink.log").read_text()
     assert "Uvicorn running on https://127.0.0.1" in log
     assert "SuperNode authentication is disabled" not in log
-    assert log.count("[ControlServicer.RegisterNode] Created node_id=") == 2
-    # The nodes themselves have not registered: they are those whose keys were made known.
-    assert "Fleet.RegisterNode" not in log
+    assert log.count("[Fleet.ActivateNode] Activated node_id=") == 2
+    assert refused.status == 1
+    assert "Failed to initialize the connection to the SuperLink" in refused.log.read_text()
 
 
 def test_fedbuff_goes_on_when_a_supernode_is_killed(tmp_path: Path) -> None:

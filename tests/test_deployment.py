@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import fedsim
 from fedsim.assemble import Assembly
+from fedsim.config import choices
 from fedsim.flower.configuration import read_run_config
 from fedsim.flower.keeping import Kept
-from fedsim.flower.messages import WORK
+from fedsim.flower.messages import INTRODUCE, WORK
 from tests.grids import IMAGES, deployed, grid_of
 from tests.support import Given
 
@@ -76,6 +79,45 @@ def test_a_deployment_whose_nodes_are_as_fast_as_predicted_is_the_simulation(tmp
             assert ours[column].tolist() == theirs[column].tolist(), column
     assert difference(run.model, prediction.model) <= 1e-6
     assert run.metrics["distance"].tolist() == pytest.approx(prediction.metrics["distance"].tolist(), rel=1e-6)
+
+
+UNBIASED = ["strategy=fedbuff", "strategy.weighting=samples", "strategy.staleness=constant"]
+
+
+def unlike_the_simulation(name):
+    """Whether a strategy is refused, or weighs by speeds: predicted ones there, measured ones here."""
+    return name in ("known_probability", "rerce_clu", "fedfix", "async_fedavg", "dpsgd") or name.startswith("dfed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [each for each in sorted(choices("strategy", Path())) if not unlike_the_simulation(each)]
+)
+def test_every_strategy_that_can_be_deployed_is_its_simulation(tmp_path, name):
+    speeds, steps = (0.25, 0.625, 1.125), []
+    if name == "fedcompass":
+        steps = ["strategy.least_steps=4", "strategy.most_steps=20"]
+    grid = grid_of(tmp_path, f"strategy={name}", "cohort=2", "rounds=6", *steps, speeds=speeds)
+    run, prediction = deployed(grid), simulated(grid, speeds)
+    assert run.summary["outcomes"] == prediction.summary["outcomes"]
+    assert difference(run.model, prediction.model) <= 1e-6
+
+
+@pytest.mark.parametrize("overrides", [["strategy=fedfix", "strategy.period=0.7071"], ["strategy=async_fedavg"], UNBIASED], ids=" ".join)
+def test_weights_by_speed_use_what_the_nodes_have_measured(tmp_path, overrides):
+    speeds = (0.25, 0.625, 1.125)
+    grid = grid_of(tmp_path, *overrides, "cohort=2", "rounds=6", speeds=speeds)
+
+    def measured(asked, reply):
+        if asked.metadata.message_type == INTRODUCE:
+            said = reply.content["introduction"]
+            said["seconds_per_gradient"] = speeds[said["client"]]
+        return reply
+
+    grid.tamper = measured
+    run, prediction = deployed(grid), simulated(grid, speeds)
+    assert run.events["arrived"].dropna().tolist() == pytest.approx(prediction.events["arrived"].dropna().tolist())
+    assert difference(run.model, prediction.model) <= 1e-6
 
 
 def test_what_clients_keep_at_their_nodes_is_what_they_keep_in_the_simulation(tmp_path):

@@ -116,7 +116,7 @@ def test_a_client_whose_code_raises_fails_its_task_only(tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("strategy=dfedavg", "strategy=dfedavg: its peers talk to each other"),
+        ("strategy=dfedavg", "strategy: DFedAvg has peers that talk to each other"),
         ("strategy=known_probability", "strategy.probability=null: must be given"),
         ("problem=none", "problem=ScheduleOnly: trains nothing"),
     ],

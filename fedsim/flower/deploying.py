@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from importlib import metadata
 
 from flwr.serverapp import Grid
 
@@ -62,6 +63,7 @@ def deploy(
         assembly.strategy.check_federation(deployment)
         parts = parts_of(assembly.strategy, assembly.problem, deployment.system)
         identity = identify(assembly.config, assembly.choices, parts)
+        identity["versions"]["flwr"] = metadata.version("flwr")
         deployment.pool.open(assembly.problem, assembly.strategy.jobs, deployment.randomness)
         try:
             out = new_folder if assembly.out is None else assembly.out

@@ -256,8 +256,8 @@ def check_deployable(strategy: Strategy, problem: Problem) -> None:
     """
     if strategy.everybody:
         raise ConfigError(
-            f"strategy={type(strategy).__name__.lower()}: its peers talk to each other, a deployment's nodes talk to "
-            "their server only; simulate it with fedsim run"
+            f"strategy: {type(strategy).__name__} has peers that talk to each other or work unasked, a deployment has "
+            "nodes that answer their server; simulate it with fedsim run"
         )
     if not problem.trains:
         raise ConfigError(f"problem={type(problem).__name__}: trains nothing; deploy one that does")

@@ -69,6 +69,14 @@ class Sent:
     """What was told with it."""
 
 
+@dataclass(slots=True)
+class Unusable(Result):
+    """A result that must not be used."""
+
+    wrong: str = ""
+    """Why."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What has become of a task."""
@@ -76,8 +84,7 @@ class Answer:
     task: int
     result: Result | None = None
     report: Report | None = None
-    wrong: str = ""
-    """Why its result must not be used."""
+    """What its node says of a result that may be used."""
     lost: str = ""
     """Why there is no result: ``failed``, ``interrupted`` or ``dropped``."""
     said: str = ""
@@ -296,7 +303,7 @@ class Nodes(Pool):
             self._check_report(report, sent)
             payload = tensors(content, "payload", self._specs[sent.work.job])
         except WireError as error:
-            return Answer(task, result=Result({}, {}, 0), wrong=str(error))
+            return Answer(task, result=Unusable({}, {}, 0, wrong=str(error)))
         member = self.members[sent.work.client]
         member.accepted = member.accepted[len(sent.accepted) :]  # it knows of these now
         member.undecided.append(task)

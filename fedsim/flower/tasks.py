@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim.federation import Clients
-from fedsim.flower.nodes import Answer
+from fedsim.flower.nodes import Answer, Unusable
 from fedsim.kernel import Phase, to_ns
 from fedsim.local import TensorSpec
 from fedsim.simulation.lifecycle import Lifecycle
@@ -39,8 +39,6 @@ class RemoteTasks(Lifecycle):
     def __init__(self, sim: Deployment) -> None:
         super().__init__(sim)
         self.states = StatesAtNodes(sim.strategy.jobs, sim.layout)
-        self._wrong: dict[int, str] = {}
-        """Why results that came must not be used, by task."""
 
     def request(
         self, clients: Clients, start: Tensor | None, steps: Any, job: str, tag: Any,
@@ -107,8 +105,6 @@ class RemoteTasks(Lifecycle):
             return
         assert answer.result is not None
         self._keep(task, answer.result)
-        if answer.wrong:
-            self._wrong[task.id] = answer.wrong
         self._tell_times(task, answer, now)
         task.handle = sim.kernel.schedule(now, Phase.ARRIVAL, ("arrive", task), task.client, task.id)
 
@@ -129,16 +125,12 @@ class RemoteTasks(Lifecycle):
         self.sim.learn(task, answer.report, work, took)
 
     def _malformed(self, result: Result, spec: dict[str, TensorSpec]) -> str:
-        for task, wrong in self._wrong.items():
-            if self._open[task].result is result:
-                return wrong
-        return super()._malformed(result, spec)
+        return result.wrong if isinstance(result, Unusable) else super()._malformed(result, spec)
 
     # ---- outcomes --------------------------------------------------------------------------------
 
     def _decide(self, task: LiveTask, outcome: str, applied_version: int | None = None) -> None:
         super()._decide(task, outcome, applied_version)
-        self._wrong.pop(task.id, None)
         self.sim.pool.decided(task.client, task.id, outcome == "applied")
 
 
