@@ -18,7 +18,7 @@ def test_notebook_runs_and_shows_something(path: Path, tmp_path: Path) -> None:
     from nbclient import NotebookClient
 
     notebook = jupytext.read(path)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert not [output for output in shown if output.output_type == "error"]
     assert any("image/png" in output.get("data", {}) or output.output_type == "stream" for output in shown)
