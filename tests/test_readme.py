@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -57,13 +58,19 @@ def stopped_run(path: str) -> None:
 
 def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     """Each `fedsim run ...` line composes and builds; the cheap ones run whole elsewhere."""
+    from fedsim import cli
     from fedsim.assemble import Assembly
     from fedsim.config import compose_run, expand
+    from fedsim.plots.command import KINDS
+    from fedsim.sweeps.search import probes
 
     shown = [line.strip().partition(" #")[0] for line in README.splitlines() if line.startswith("    fedsim ")]
     assert len(shown) >= 6
-    for _, command, *arguments in map(str.split, dict.fromkeys(shown)):
-        if command == "run" and "--help" not in arguments:
+    for _, command, *arguments in map(shlex.split, dict.fromkeys(shown)):
+        if "hydra/sweeper=optuna" in arguments:
+            for probe in probes([each for each in arguments if not each.startswith(("-m", "hydra"))]):
+                Assembly(*compose_run(probe, Path.cwd()))
+        elif command == "run" and "--help" not in arguments:
             for member in expand([each for each in arguments if each != "-m"]):
                 Assembly(*compose_run(member, Path.cwd()))
         elif command == "resume":
@@ -73,7 +80,10 @@ def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -
             with contextlib.suppress(SystemExit):  # argparse's way to end
                 main([command, *arguments])
             assert capsys.readouterr().out
-        elif command != "report":
+        elif command in ("report", "plot"):
+            options = cli._parser().parse_args([command, *arguments])
+            assert command == "report" or options.name in KINDS
+        else:
             assert main([command, *arguments]) == 0
             assert capsys.readouterr().out
 
