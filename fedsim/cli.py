@@ -18,6 +18,7 @@ examples:
   fedsim run -m strategy=fedavg,fedbuff seed=0,1,2  a sweep
   fedsim resume runs/2026-01-31_12-00-00            go on with a run that was stopped
   fedsim report runs/2026-01-31_12-00-00            table and figure of a sweep
+  fedsim plot timeline runs/2026-01-31_12-00-00     one figure: what the clients did when
   fedsim deploy strategy=fedbuff rounds=2 --local 2  the same on Flower, with processes on this machine
   fedsim run --help                                 every group, key and unit
 """

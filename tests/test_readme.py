@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,14 +101,20 @@ def stopped_run(path: str) -> None:
 @pytest.mark.usefixtures("own_parts")
 def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -> None:
     """Each `fedsim run ...` line composes and builds; the cheap ones run whole elsewhere."""
+    from fedsim import cli
     from fedsim.assemble import Assembly
     from fedsim.config import compose_run, expand
+    from fedsim.plots.command import KINDS
     from fedsim.running import in_full
+    from fedsim.sweeps.search import probes
 
     shown = [line.strip().partition(" #")[0] for line in README.splitlines() if line.startswith("    fedsim ")]
     assert len(shown) >= 6
-    for _, command, *arguments in map(str.split, dict.fromkeys(shown)):
-        if command == "run" and "--help" not in arguments:
+    for _, command, *arguments in map(shlex.split, dict.fromkeys(shown)):
+        if "hydra/sweeper=optuna" in arguments:
+            for probe in probes([each for each in arguments if not each.startswith(("-m", "hydra"))]):
+                Assembly(*compose_run(probe, Path.cwd()))
+        elif command == "run" and "--help" not in arguments:
             for member in expand([in_full(each) for each in arguments if each != "-m"]):
                 Assembly(*compose_run(member, Path.cwd()))
         elif command == "resume":
@@ -117,7 +124,10 @@ def test_every_command_shown_is_understood(capsys: pytest.CaptureFixture[str]) -
             with contextlib.suppress(SystemExit):  # argparse's way to end
                 main([command, *arguments])
             assert capsys.readouterr().out
-        elif command != "report":
+        elif command in ("report", "plot"):
+            options = cli._parser().parse_args([command, *arguments])
+            assert command == "report" or options.name in KINDS
+        else:
             assert main([command, *arguments]) == 0
             assert capsys.readouterr().out
 
@@ -162,7 +172,7 @@ def test_every_command_shown_runs_as_it_stands_one_after_the_other(own_parts: Pa
     commands = list(dict.fromkeys(re.findall(r"^    fedsim (.*?)\s*(?:#.*)?$", README, re.M)))
     assert len(commands) > 20
     for command in commands:
-        words = command.replace(CLUSTER, cluster).split()
+        words = shlex.split(command.replace(CLUSTER, cluster))
         if words[0] == "resume":
             shutil.rmtree(words[1])
             stopped_run(words[1])

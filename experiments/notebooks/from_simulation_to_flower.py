@@ -29,7 +29,15 @@ from safetensors.numpy import load_file
 from fedsim import plots
 
 folder = Path(tempfile.mkdtemp())
-overrides = "strategy=fedavg clients=2 cohort=2 rounds=2 data=digits model=logistic compute.mean=0.01".split()
+overrides = [
+    "strategy=fedavg",
+    "clients=2",
+    "cohort=2",
+    "rounds=2",
+    "data=digits",
+    "model=logistic",
+    "compute.mean=0.01",
+]
 
 
 def fedsim(*words):

@@ -49,7 +49,7 @@ def search(overrides: Sequence[str], jobs: int | None) -> int:
         ConfigError: before anything is written, if the search cannot be made.
         Interrupted: after a signal, once every running trial has saved itself.
     """
-    if find_spec("optuna") is None or find_spec("hydra_plugins") is None:
+    if not _is_installed():
         raise ConfigError(f"hydra/sweeper=optuna: needs an extra: {EXTRA}")
     given = dict(one.partition("=")[::2] for one in overrides)
     own = [one for one in overrides if not one.startswith("hydra")]
@@ -59,8 +59,7 @@ def search(overrides: Sequence[str], jobs: int | None) -> int:
             raise ConfigError(f"{key}={given[key]}: must be one value, Optuna would choose among several")
     if not tried:
         raise ConfigError("hydra/sweeper=optuna: nothing to choose; write local.lr=interval(0.01,0.3), say")
-    probes = _probes(own, tried)
-    composed = [compose_run(probe, Path.cwd()) for probe in probes]
+    composed = [compose_run(probe, Path.cwd()) for probe in probes(own)]
     config = composed[0][0]
     folder = None if config["out"] is None else Path(str(config["out"]))
     _check(composed, folder)
@@ -225,8 +224,20 @@ class Pending:
         return self.trials.value(self.name)
 
 
-def _probes(overrides: Sequence[str], tried: dict[str, list[str]]) -> list[list[str]]:
-    """Configurations that stand for all that may be chosen: each value or both ends, beside the first of all others."""
+def _is_installed() -> bool:
+    try:
+        return find_spec("optuna") is not None and find_spec("hydra_plugins.hydra_optuna_sweeper") is not None
+    except ModuleNotFoundError:  # Hydra has no plugins at all
+        return False
+
+
+def probes(overrides: Sequence[str]) -> list[list[str]]:
+    """Configurations that stand for all that may be chosen: each value or both ends, beside the first of all others.
+
+    Raises:
+        ConfigError: if an override cannot be read.
+    """
+    tried = swept_values(overrides)
     fixed = [one for one in overrides if one.partition("=")[0] not in tried]
     first = {key: values[0] for key, values in tried.items()}
     chosen = [first, *({**first, key: value} for key, values in tried.items() for value in values[1:])]
