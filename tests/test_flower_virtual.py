@@ -95,6 +95,16 @@ def test_who_waits_for_a_time_only_leaves_late_replies_behind():
     assert client.outcome.tolist() == ["late", "late", "applied"]
 
 
+def test_a_reply_that_comes_just_at_the_end_of_the_wait_is_there():
+    seen = []
+
+    def main(grid):
+        seen.extend(asker(each) for each in grid.send_and_receive(messages=[to(0), to(1)], timeout=4.0))
+
+    flower(main, system={"compute": Given(4.0, 4.000000001, 1.0, 1.0)})
+    assert seen == [0]
+
+
 def test_an_asynchronous_server_gets_replies_as_they_arrive_and_sends_more():
     seen = []
 
