@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import stat
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -140,6 +142,33 @@ def test_the_folder_is_its_owners_alone(capsys: pytest.CaptureFixture[str]) -> N
 def test_run_configuration_survives_any_text() -> None:
     text = json.dumps({"config": {"path": 'a "b" \\ \n \x7f \u2028 ü 😀'}})
     assert tomllib.loads(settings({"fedsim": text, "loader": "a.b:c"})) == {"fedsim": text, "loader": "a.b:c"}
+
+
+def shell(text: str) -> list[list[str]]:
+    """The indented commands of a README, word by word."""
+    lines = re.sub(r" \\\n\s+", " ", text).splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("    ")]
+
+
+def test_what_the_apps_readme_shows_is_what_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    shown = shell((ROOT / "experiments/flower_app/README.md").read_text())
+    made, here, *_ = shown
+    assert made[:2] == ["python", "experiments/flower_app/make_data.py"]
+    subprocess.run([sys.executable, *made[1:]], check=True)
+    assert sorted(path.name for path in Path(made[2]).iterdir()) == ["0.npz", "1.npz"]
+    assert (here[:2], here[-3:]) == (["fedsim", "deploy"], ["--local", "2", "--tls"])
+    (command,) = [words for words in shown if words[:2] == ["fedsim", "deploy"] and "--local" not in words]
+    assert main(command[1:]) == 0
+    printed = shell("".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines() if line[:1] != "#"))
+    commands = [words for words in printed if words and words[0] != "cd"]
+    for words in commands:
+        if words[:2] == ["flwr", "run"]:  # a link of this test's
+            words[2] = words[2].removeprefix(f"{ROOT}/")
+    assert all(words in shown for words in commands)
+    assert all(words in commands for words in shown[4:])
 
 
 # ---- apps -----------------------------------------------------------------------------------------

@@ -232,3 +232,13 @@ def test_a_signal_in_mid_run_stops_everything(
 ) -> None:
     assert deploy(monkeypatch, f"os.kill({os.getpid()}, {int(number)}); time.sleep(600)") == status
     assert capsys.readouterr().err.endswith(": superlink and supernodes are stopped\n")
+
+
+def test_a_deployment_may_be_replaced_with_its_logs_and_not_by_accident(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert deploy(monkeypatch, "record()", "out=here") == 0
+    os.unlink("begun")
+    assert deploy(monkeypatch, "record()", "out=here") == 2
+    assert "out=here: exists already" in capsys.readouterr().err
+    assert deploy(monkeypatch, "record()", "out=here", "overwrite=true") == 0
