@@ -239,8 +239,9 @@ def test_a_node_commits_what_was_accepted_in_that_order_and_drops_what_was_not()
     assert list(records) == [COMMITTED]
 
 
-def test_control_variates_at_the_nodes_sum_to_the_servers(tmp_path):
-    # Late results are refused and one answer gets lost: neither may show in a node's control variate.
+@pytest.mark.parametrize("away", [False, True], ids=["always there", "away for a while"])
+def test_control_variates_at_the_nodes_sum_to_the_servers(tmp_path, away):
+    # Late results are refused and one answer is malicious: neither may show in a node's control variate.
     grid = grid_of(
         tmp_path, "strategy=scaffold", "cohort=2", "rounds=12", "strategy.over_selection=1.5",
         "strategy.stragglers=late", "local.steps=4", speeds=(0.1, 0.15, 0.17),
@@ -256,7 +257,13 @@ def test_control_variates_at_the_nodes_sum_to_the_servers(tmp_path):
         seen[:] = [deployment]
 
     grid.tamper = tamper
+    if away:
+        node = grid.nodes[1000]
+        grid.clock.later(2.05, lambda: grid.remove(1000))
+        grid.clock.later(2.9, lambda: grid.nodes.__setitem__(1000, node))
     run = deployed(grid, observer=look)
+    assert "another node than before" not in (tmp_path / "out" / "run.log").read_text()
+    assert ("interrupted" in set(run.events["outcome"])) == away
     assert {"late", "rejected", "applied"} <= set(run.events["outcome"])
     total = torch.zeros(20, dtype=torch.float64)
     for client in range(3):
