@@ -103,7 +103,9 @@ def test_every_strategy_that_can_be_deployed_is_its_simulation(tmp_path, name):
     assert difference(run.model, prediction.model) <= 1e-6
 
 
-@pytest.mark.parametrize("overrides", [["strategy=fedfix", "strategy.period=0.7071"], ["strategy=async_fedavg"], UNBIASED], ids=" ".join)
+@pytest.mark.parametrize(
+    "overrides", [["strategy=fedfix", "strategy.period=0.7071"], ["strategy=async_fedavg"], UNBIASED], ids=" ".join
+)
 def test_weights_by_speed_use_what_the_nodes_have_measured(tmp_path, overrides):
     speeds = (0.25, 0.625, 1.125)
     grid = grid_of(tmp_path, *overrides, "cohort=2", "rounds=6", speeds=speeds)
