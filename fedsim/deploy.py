@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import tempfile
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from fedsim.assemble import Assembly, new_folder
 from fedsim.checks import ConfigError, Interrupted, whole
@@ -25,6 +29,9 @@ from fedsim.progress import LiveProgress, ended
 
 MOST_LOCAL = 64
 """Most supernodes on this machine: each is two processes of about 150 MB, and a third while it works."""
+
+SETTING = "deployment."
+"""Begins the overrides that are about a deployment alone; what there is says ``fedsim.flower.configuration``."""
 
 ONE_RUN = "and a deployment is one run"
 
@@ -73,8 +80,10 @@ def main(options: argparse.Namespace) -> int:
         SimulationError: if the run cannot begin or go on.
         Interrupted: after a signal; everything that was started is stopped then.
     """
-    overrides, local = list(options.overrides), options.local
+    overrides, local = [each for each in options.overrides if not each.startswith(SETTING)], options.local
     app = None if options.app is None else check_app(options.app)
+    if options.loader and not re.fullmatch(r"[\w.]+:\w+", options.loader):
+        raise ConfigError(f"--loader={options.loader}: must be package.module:function")
     if local is None:
         return _print(_checked(*compose_single(overrides, Path.cwd(), ONE_RUN)), app, options)
     whole("--local", local, least=1, most=MOST_LOCAL)
@@ -100,9 +109,23 @@ def _checked(config: dict[str, Any], choices: dict[str, str]) -> Assembly:
     return assembly
 
 
+def _settings(overrides: Sequence[str]) -> dict[str, Any]:
+    """What the overrides say of the deployment itself."""
+    pairs = [each.removeprefix(SETTING).partition("=") for each in overrides if each.startswith(SETTING)]
+    try:
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError:
+        words = " ".join(f"{SETTING}{key}={value}" for key, _, value in pairs)
+        raise ConfigError(f"{words}: cannot be read as key=value") from None
+
+
 def _given(assembly: Assembly, out: Path, options: argparse.Namespace) -> dict[str, str]:
     config: dict[str, Any] = {**assembly.config, "out": str(out.absolute())}
-    given = run_config(config, assembly.choices, options.loader or "")
+    settings = _settings(options.overrides)
+    try:
+        given = run_config(config, assembly.choices, options.loader or "", **settings)
+    except ConfigError as error:
+        raise ConfigError(f"{SETTING}{error}") from None
     if options.loader is None:
         del given[LOADER]  # the app's own stands
     return given
@@ -144,7 +167,7 @@ def _run_here(assembly: Assembly, app: Path | None, nodes: int, options: argpars
             federation.start()
             following = FollowedRun(out, assembly.config, progress.say, progress.show if progress.live else None)
             try:
-                federation.run(app or write_app(Path(folder) / "app"), _given(assembly, out, options), following.look)
+                federation.run(app or write_app(Path(folder) / "app"), _given(assembly, out, options), following)
             finally:
                 federation.keep_logs(out)
     except Interrupted as interruption:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import stat
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from fedsim.flower.configuration import read_run_config
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["data=digits", "model=logistic", "rounds=2"]
-FILES = ("authority.pem", "superlink.pem", "superlink.key")
+FILES = tuple(f"deployment/{name}" for name in ("authority.pem", "superlink.pem", "superlink.key"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def test_superlink_serves_everyone_encrypted_and_asks_nodes_who_they_are(capsys:
     assert (options.insecure, options.enable_supernode_auth) == (False, True)
     assert not options.runtime_dependency_install
     assert (options.ssl_ca_certfile, options.ssl_certfile, options.ssl_keyfile) == FILES
-    assert all(Path("deployment", name).is_file() for name in FILES)
+    assert all(Path(name).is_file() for name in FILES)
 
 
 def test_superlink_for_this_machine_listens_on_loopback_only(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,14 +83,14 @@ def test_supernode_joins_with_its_part_of_the_data_and_its_key(capsys: pytest.Ca
 def test_every_node_is_registered_by_its_own_public_key(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     commands = printed(capsys, "clients=3", "--tls")
     registered = [command[2:] for command in of("flwr", commands) if command[:2] == ["supernode", "register"]]
-    assert registered == [[f"nodes/node-{node}.pub", "fedsim"] for node in range(3)]
+    assert registered == [[f"deployment/nodes/node-{node}.pub", "fedsim"] for node in range(3)]
     assert main(["deploy", *QUICK, "clients=9", "--tls", "--folder", "many"]) == 0
     (loop,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("for ")]
     (folder / "flwr").write_text('#!/bin/sh\necho "$@"\n')
     (folder / "flwr").chmod(0o755)
     environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
-    done = subprocess.run(["sh", "-c", loop], cwd="many", env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [f"supernode register nodes/node-{node}.pub fedsim" for node in range(9)]
+    done = subprocess.run(["sh", "-c", loop], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"supernode register many/nodes/node-{node}.pub fedsim" for node in range(9)]
 
 
 def test_run_command_finds_app_configuration_and_superlink(
@@ -102,7 +104,6 @@ def test_run_command_finds_app_configuration_and_superlink(
 
     overrides = ["clients=2", "strategy=fedbuff", "strategy.buffer_size=2"]
     command = next(each for each in of("flwr", printed(capsys, *overrides, "--tls", "--host", "h")) if each[0] == "run")
-    monkeypatch.chdir("deployment")
     given = typer_click_object.commands["run"].make_context("run", command[1:]).params
     assert (given["superlink"], given["stream"]) == ("fedsim", True)
     load_and_validate(Path(given["app"], "pyproject.toml"))  # raises for what is no app
@@ -110,7 +111,6 @@ def test_run_command_finds_app_configuration_and_superlink(
     # What the app's own process will make of it.
     fused = get_fused_config_from_dir(Path(given["app"]), parse_config_args(given["run_config_overrides"]))
     read = read_run_config(fused)
-    monkeypatch.chdir(folder)
     config, choices = compose_run([*QUICK, *overrides], folder)
     out = Path(read.config["out"])
     assert (out.is_absolute(), out.parent.parent) == (True, folder)
@@ -126,7 +126,7 @@ def test_every_terminal_gets_the_whole_environment(capsys: pytest.CaptureFixture
     assert len(exports) == 3
     for given in exports:
         variables = dict(each.split("=") for each in given)
-        assert variables.pop("FLWR_HOME").startswith("$PWD/")
+        assert variables.pop("FLWR_HOME") in ("$PWD/deployment/home", "$PWD/fedsim-node-0")
         assert variables == {
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -142,6 +142,33 @@ def test_the_folder_is_its_owners_alone(capsys: pytest.CaptureFixture[str]) -> N
 def test_run_configuration_survives_any_text() -> None:
     text = json.dumps({"config": {"path": 'a "b" \\ \n \x7f \u2028 ü 😀'}})
     assert tomllib.loads(settings({"fedsim": text, "loader": "a.b:c"})) == {"fedsim": text, "loader": "a.b:c"}
+
+
+def shell(text: str) -> list[list[str]]:
+    """The indented commands of a README, word by word."""
+    lines = re.sub(r" \\\n\s+", " ", text).splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("    ")]
+
+
+def test_what_the_apps_readme_shows_is_what_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    shown = shell((ROOT / "experiments/flower_app/README.md").read_text())
+    made, here, *_ = shown
+    assert made[:2] == ["python", "experiments/flower_app/make_data.py"]
+    subprocess.run([sys.executable, *made[1:]], check=True)
+    assert sorted(path.name for path in Path(made[2]).iterdir()) == ["0.npz", "1.npz"]
+    assert (here[:2], here[-3:]) == (["fedsim", "deploy"], ["--local", "2", "--tls"])
+    (command,) = [words for words in shown if words[:2] == ["fedsim", "deploy"] and "--local" not in words]
+    assert main(command[1:]) == 0
+    printed = shell("".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines() if line[:1] != "#"))
+    commands = [words for words in printed if words and words[0] != "cd"]
+    for words in commands:
+        if words[:2] == ["flwr", "run"]:  # a link of this test's
+            words[2] = words[2].removeprefix(f"{ROOT}/")
+    assert all(words in shown for words in commands)
+    assert all(words in commands for words in shown[4:])
 
 
 # ---- apps -----------------------------------------------------------------------------------------
@@ -189,13 +216,18 @@ WRONG = {
     "--port 0": "--port=0: must be a whole number from 1 to 65535",
     "--folder there": "there: exists already, give another",
     "--app nowhere": "--app=nowhere: cannot be read: pyproject.toml: No such file",
+    "--loader mine": "--loader=mine: must be package.module:function",
+    "deployment.wait_second=3": "deployment.wait_second=3: unknown setting of a deployment, did you mean",
+    "deployment.poll_seconds=0": "deployment.poll_seconds=0: must be a number > 0",
+    "deployment.ttl_seconds=[": "deployment.ttl_seconds=[: cannot be read as key=value",
+    "--local 2 deployment.most_samples=0": "deployment.most_samples=0: must be a whole number >= 1",
     "--tsl": "unrecognized arguments: --tsl",
     "seed=0,1": "seed=0,1: several values are a sweep, and a deployment is one run",
     "strategy=fedavgg": "did you mean 'fedavg'?",
     "out=there": "exists already, give another directory or overwrite=true",
-    "strategy=dfedavg": "its peers talk to each other",
+    "strategy=dfedavg": "peers that talk to each other",
     "problem=none": "trains nothing; deploy one that does",
-    "--local 2 strategy=dfedavg": "its peers talk to each other",
+    "--local 2 strategy=dfedavg": "peers that talk to each other",
 }
 
 
@@ -210,6 +242,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     assert WRONG[words] in shown.err
     assert (shown.err.count("\n"), shown.out) == (1, "")
     assert [path.name for path in folder.iterdir()] == ["there"]
+
+
+def test_settings_of_the_deployment_are_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "clients=2", "deployment.wait_seconds=7", "deployment.most_samples=5")
+    read = read_run_config(tomllib.loads(Path("deployment/run.toml").read_text()))
+    assert (read.settings.wait_seconds, read.settings.most_samples, read.settings.poll_seconds) == (7.0, 5, 0.2)
 
 
 def test_flags_may_stand_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:

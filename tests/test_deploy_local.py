@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shlex
 import signal
@@ -32,7 +33,7 @@ while not pathlib.Path("begun").exists():
 
 SUPERNODE = """
 import os, pathlib, sys, time
-print(sys.argv[1:], flush=True)
+print(sys.argv[1:], "SuperNode ID: 5", flush=True)
 while not pathlib.Path("begun").exists():
     time.sleep(0.02)
 """
@@ -63,6 +64,7 @@ elif words[0] == "run":
         summary = {"stopped": "rounds", "time": 30, "updates": 4, "down_bytes": 2e6, "up_bytes": 1e6}
         (out / "summary.json").write_text(json.dumps({**summary, "outcomes": outcomes, "metrics": metrics}))
         manifest = {"clock": "wall", "tasks_per_second": 0.1, "peak_memory_bytes": 5e8, "wall_seconds": 31}
+        manifest["model_sha256"] = ""
         (out / "manifest.json").write_text(json.dumps(manifest))
 """
 """Flower's command line; what it does in a run follows, and is each test's own."""
@@ -126,7 +128,8 @@ def test_each_node_has_a_part_of_the_data_and_a_port_of_its_own(monkeypatch: pyt
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
     assert deploy(monkeypatch, "time.sleep(0.2); record()", "out=here") == 0
-    given = [eval((folder / f"here/logs/supernode-{node}.log").read_text()) for node in range(2)]
+    logs = [(folder / f"here/logs/supernode-{node}.log").read_text() for node in range(2)]
+    given = [ast.literal_eval(log[: log.index("]") + 1]) for log in logs]
     options = [_parse_args_run_supernode().parse_args(each) for each in given]
     assert [each.node_config for each in options] == [f"partition-id={n} num-partitions=2" for n in range(2)]
     assert len({each.port for each in options} | {int(each.superlink.partition(":")[2]) for each in options}) == 3
@@ -192,6 +195,19 @@ def test_a_supernode_that_is_killed_is_told_of_and_the_run_goes_on(
     ]
 
 
+def test_the_superlink_is_asked_when_the_nodes_do_not_say_that_they_are_connected(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "ASK_SECONDS", 0.1)
+    monkeypatch.setattr(local, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(local, "CONNECTED", "something else")
+    assert deploy(monkeypatch, "record()", "out=here") == 0
+    monkeypatch.setitem(globals(), "FLWR", FLWR.replace('"online"}] * 2', '"online"}] * 1'))
+    os.unlink("begun")
+    assert deploy(monkeypatch, "record()", "out=there") == 1
+    assert "fedsim: only 1 of 2 supernodes are connected; its log ends:" in capsys.readouterr().err
+
+
 def test_no_supernode_left_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert deploy(monkeypatch, "time.sleep(600)", supernode="raise SystemExit(4)") == 1
     said = capsys.readouterr().err
@@ -202,7 +218,6 @@ def test_no_supernode_left_ends_the_run(monkeypatch: pytest.MonkeyPatch, capsys:
 def test_a_supernode_that_cannot_join_ends_the_beginning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(globals(), "FLWR", FLWR.replace('"online"', '"offline"'))
     monkeypatch.setitem(globals(), "SUPERNODE", "print('not registered'); raise SystemExit(5)")
     assert deploy(monkeypatch, "record()", supernode="") == 1
     assert capsys.readouterr().err.endswith("supernode 0 ended with status 5; its log ends:\nnot registered\n")
@@ -217,3 +232,13 @@ def test_a_signal_in_mid_run_stops_everything(
 ) -> None:
     assert deploy(monkeypatch, f"os.kill({os.getpid()}, {int(number)}); time.sleep(600)") == status
     assert capsys.readouterr().err.endswith(": superlink and supernodes are stopped\n")
+
+
+def test_a_deployment_may_be_replaced_with_its_logs_and_not_by_accident(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert deploy(monkeypatch, "record()", "out=here") == 0
+    os.unlink("begun")
+    assert deploy(monkeypatch, "record()", "out=here") == 2
+    assert "out=here: exists already" in capsys.readouterr().err
+    assert deploy(monkeypatch, "record()", "out=here", "overwrite=true") == 0

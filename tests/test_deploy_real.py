@@ -26,18 +26,20 @@ from fedsim.flower.processes import Process, Processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deploy")]
 
-SMALL = ["data=digits", "model=logistic", "clients=2", "partition=iid"]
+SMALL = ["data=digits", "model=logistic", "partition=iid"]
+
+ENCRYPTED = ["--local", "2", "--tls"]
 
 LONGEST_SECONDS = 400
 """A deployment that takes longer hangs."""
 
 
 class Deployment:
-    """``fedsim deploy --local 2 --tls`` as a process of its own."""
+    """``fedsim deploy`` as a process of its own."""
 
-    def __init__(self, folder: Path, *overrides: str) -> None:
+    def __init__(self, folder: Path, *words: str) -> None:
         self.said = folder / "said"
-        command = [sys.executable, "-m", "fedsim.cli", "deploy", *SMALL, "out=out", "--local", "2", "--tls", *overrides]
+        command = [sys.executable, "-m", "fedsim.cli", "deploy", *SMALL, "out=out", *words]
         with self.said.open("w") as output:
             self.popen = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT)
         self.out = folder / "out"
@@ -100,12 +102,12 @@ def stranger(deployment: Deployment, folder: Path) -> Process:
 
 def test_two_rounds_of_fedavg_give_the_simulated_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     method = ["strategy=fedavg", "rounds=2"]
-    deployment = Deployment(tmp_path, *method)
+    deployment = Deployment(tmp_path, *method, *ENCRYPTED)
     refused = stranger(deployment, tmp_path)
     assert deployment.ended() == 0, deployment.said.read_text()
     assert "out: stopped by rounds at " in deployment.said.read_text().splitlines()[-1]
     monkeypatch.chdir(tmp_path)
-    simulated = Assembly(*compose_run([*SMALL, *method, "out=simulated"], tmp_path)).run()
+    simulated = Assembly(*compose_run([*SMALL, *method, "clients=2", "out=simulated"], tmp_path)).run()
     deployed = load_file(deployment.out / "model.safetensors")
     for name, tensor in simulated.model.items():
         np.testing.assert_allclose(deployed[name].numpy(), tensor.numpy(), rtol=0, atol=1e-6)
@@ -121,7 +123,7 @@ def test_two_rounds_of_fedavg_give_the_simulated_model(tmp_path: Path, monkeypat
 def test_fedbuff_goes_on_when_a_supernode_is_killed(tmp_path: Path) -> None:
     # Flower takes up to a minute to notice.
     method = ["strategy=fedbuff", "strategy.buffer_size=1", "rounds=1000", "time_limit=120", "eval_every=10"]
-    deployment = Deployment(tmp_path, *method)
+    deployment = Deployment(tmp_path, *method, *ENCRYPTED)
     deployment.until(lambda: deployment.applied() >= 2)
     victim = deployment.process("supernode 1")
     assert victim
@@ -141,7 +143,7 @@ def test_fedbuff_goes_on_when_a_supernode_is_killed(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_all_of_it(tmp_path: Path) -> None:
-    deployment = Deployment(tmp_path, "strategy=fedavg", "rounds=1000")
+    deployment = Deployment(tmp_path, "strategy=fedavg", "rounds=1000", "--local", "1")
     deployment.until(lambda: (deployment.out / "run.log").exists())
     deployment.popen.send_signal(signal.SIGINT)
     assert deployment.ended() == 130

@@ -48,6 +48,17 @@ def test_a_client_comes_back_as_another_node(tmp_path):
     assert "client 1 is another node than before" in (tmp_path / "out" / "run.log").read_text()
 
 
+def test_a_client_whose_node_is_replaced_within_one_look_loses_its_task(tmp_path):
+    grid = grid_of(tmp_path, "strategy=fedbuff", "cohort=3", "rounds=8", "local.steps=10", speeds=(0.1, 0.1, 0.1))
+    grid.clock.later(1.55, lambda: grid.add(2000, 0.1, partition_id=1, num_partitions=3))  # asked who it is
+    grid.clock.later(1.60, lambda: grid.remove(1001))  # and heard when the other one has just gone
+    run = deployed(grid)
+    mine = run.events[run.events["client"] == 1]
+    assert mine["outcome"].tolist()[:3] == ["applied", "interrupted", "applied"]
+    assert mine["dispatched"].iloc[2] == pytest.approx(1.6)
+    assert "not taken" not in (tmp_path / "out" / "run.log").read_text()
+
+
 def test_nodes_without_a_number_get_the_lowest_free_ones(tmp_path):
     grid = grid_of(tmp_path, speeds=())
     grid.add(30)

@@ -9,7 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from fedsim.flower import node
-from fedsim.flower.keeping import COMMITTED, Kept
+from fedsim.flower.keeping import COMMITS, COMMITTED, Kept
 from fedsim.flower.messages import INTRODUCE, WORK, Order, WireError, arrays, tensors, work_message
 from fedsim.local import TensorSpec
 from fedsim.simulation import engine
@@ -236,13 +236,23 @@ def test_a_node_commits_what_was_accepted_in_that_order_and_drops_what_was_not()
     assert kept.committed()["control"].item() == 4.0
     kept.decide(accepted=(0, 2), undecided=())
     assert kept.committed()["control"].item() == 4.0
-    assert list(records) == [COMMITTED]
+    assert kept.commits() == 3
+    assert set(records) == {COMMITTED, COMMITS}
 
 
-def test_control_variates_at_the_nodes_sum_to_the_servers(tmp_path):
-    # Late results are refused and one answer gets lost: neither may show in a node's control variate.
+def test_a_node_that_has_lost_what_it_kept_is_shown_once(tmp_path):
+    grid = grid_of(tmp_path, "strategy=scaffold", "rounds=5", "local.steps=4", speeds=(0.1, 0.1, 0.1))
+    grid.clock.later(1.5, lambda: setattr(grid.nodes[1000], "state", RecordDict()))
+    deployed(grid)
+    log = (tmp_path / "out" / "run.log").read_text()
+    assert log.count("has lost what it kept") == log.count("client 0 has lost what it kept between tasks") == 1
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["always there", "away for a while"])
+def test_control_variates_at_the_nodes_sum_to_the_servers(tmp_path, away):
+    # Late results are refused and one answer is malicious: neither may show in a node's control variate.
     grid = grid_of(
-        tmp_path, "strategy=scaffold", "cohort=2", "rounds=12", "strategy.over_selection=1.5",
+        tmp_path, "strategy=scaffold", "cohort=2", "rounds=9", "strategy.over_selection=1.5",
         "strategy.stragglers=late", "local.steps=4", speeds=(0.1, 0.15, 0.17),
     )  # fmt: skip
     seen = []
@@ -256,7 +266,13 @@ def test_control_variates_at_the_nodes_sum_to_the_servers(tmp_path):
         seen[:] = [deployment]
 
     grid.tamper = tamper
+    if away:
+        node = grid.nodes[1000]
+        grid.clock.later(2.05, lambda: grid.remove(1000))
+        grid.clock.later(2.9, lambda: grid.nodes.__setitem__(1000, node))
     run = deployed(grid, observer=look)
+    assert "another node than before" not in (tmp_path / "out" / "run.log").read_text()
+    assert ("interrupted" in set(run.events["outcome"])) == away
     assert {"late", "rejected", "applied"} <= set(run.events["outcome"])
     total = torch.zeros(20, dtype=torch.float64)
     for client in range(3):

@@ -12,8 +12,8 @@
 # # From simulation to a Flower deployment
 #
 # The strategy that was simulated is the one that is deployed: the same object, the same local rule, the same records.
-# Here we simulate two rounds of FedAvg on two clients, run the same overrides on a real Flower federation (one superlink
-# and two supernodes, as processes on this machine), and lay the two beside each other.
+# Here we simulate two rounds of FedAvg on two clients, run the same overrides on a real Flower federation (one
+# superlink and two supernodes, as processes on this machine), and lay the two beside each other.
 
 # %%
 import subprocess
@@ -94,8 +94,8 @@ assert len(together) == len(used["simulated"]) == len(used["deployed"]) == 4
 assert (together["steps"] == together["steps_deployed"]).all()
 
 # %% [markdown]
-# A task of a deployment is mostly waiting: Flower's way to the node and back. How much of it was local work is measured at
-# the node, and is what `compute` should say if the simulation is to predict this machine.
+# A task of a deployment is mostly waiting: Flower's way to the node and back. How much of it was local work is measured
+# at the node, and is what `compute` should say if the simulation is to predict this machine.
 
 # %%
 work = (together["computed_deployed"] - together["started_deployed"]) / together["steps"]

@@ -208,6 +208,7 @@ class Deployment(Simulation):
         for member in news.went:
             logger.warning("client %d is gone (node %d)", member.client, member.node)
             self.connected.connected[member.client] = False
+            self.tasks.lose_node(member.client)
         self._meet(news)
         if news.came or news.went:
             self.kernel.schedule(now, Phase.AVAILABILITY, ("availability", None))

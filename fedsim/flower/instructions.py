@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,8 @@ def write_deployment(
     folder: Path, link: Superlink, app: Path | None, run_config: Mapping[str, str], clients: int, encrypted: bool
 ) -> str:
     """Write the files of a deployment into ``folder``, which must not exist, and return the commands to paste.
+
+    The superlink begins in the folder where we are, as a run would: paths in the configuration mean the same.
 
     Args:
         folder: where to; an absolute path.
@@ -43,8 +46,8 @@ def write_deployment(
 
 
 def _lines(folder: Path, link: Superlink, app: Path, clients: int, keys: list[NodeKey]) -> list[str]:
-    here = [commands.shown(["cd", str(folder)]), _export("home")]
-    near = _relative(folder, link)
+    here = [commands.shown(["cd", str(Path.cwd())]), _export(folder / "home")]
+    near = _relative(link)
     lines = ["# 1. The superlink, on this machine; it serves until you stop it with Ctrl-C"]
     lines += [*here, commands.shown(commands.superlink(near, _listen(link.host)))]
     lines += ["", "# 2. In another terminal of this machine"]
@@ -53,22 +56,24 @@ def _lines(folder: Path, link: Superlink, app: Path, clients: int, keys: list[No
         lines += ["# the nodes that may join, once", *_registrations(folder, keys)]
     lines += ["", *_node(folder, link, clients, keys)]
     lines += ["", "# 4. The run, in the second terminal, when the nodes are connected; its records go to `out`"]
-    lines.append(commands.shown(commands.run(_near(folder, app), Path("run.toml"))))
+    lines.append(commands.shown(commands.run(_near(app), _near(folder / "run.toml"))))
     return lines
 
 
-def _export(home: str) -> str:
-    """Sets the environment, with Flower's own folder in the one where one is."""
-    return " ".join(
-        ["export", f"FLWR_HOME=$PWD/{home}", *(f"{name}={value}" for name, value in commands.QUIET.items())]
-    )
+def _export(home: Path) -> str:
+    """Sets the environment, with Flower's own folder seen from the one where one is, if it lies there."""
+    near = _near(home)
+    shown = shlex.quote(str(near))
+    flwr_home = f"FLWR_HOME={shown}" if near.is_absolute() else f"FLWR_HOME=$PWD/{shown}"
+    return " ".join(["export", flwr_home, *(f"{name}={value}" for name, value in commands.QUIET.items())])
 
 
 def _registrations(folder: Path, keys: list[NodeKey]) -> list[str]:
     if len(keys) <= 4:
-        return [commands.shown(commands.register(_near_key(folder, key))) for key in keys]
+        return [commands.shown(commands.register(NodeKey(_near(key.private), _near(key.public)))) for key in keys]
     command = commands.shown(commands.register(NodeKey(Path("KEY"), Path("KEY")))).replace("KEY", '"$key"')
-    return [f"for key in nodes/*.pub; do {command}; done"]
+    nodes = commands.shown([str(_near(folder / "nodes"))])
+    return [f"for key in {nodes}/*.pub; do {command}; done"]
 
 
 def _node(folder: Path, link: Superlink, clients: int, keys: list[NodeKey]) -> list[str]:
@@ -80,7 +85,7 @@ def _node(folder: Path, link: Superlink, clients: int, keys: list[NodeKey]) -> l
         lines.append(f"# with copies of {copied} in the folder where you are")
         files = ServerFiles(Path(files.authority.name), Path(files.certificate.name), Path(files.key.name))
         key = NodeKey(Path(keys[0].private.name), Path(keys[0].public.name))
-    lines.append(_export("fedsim-node-0"))
+    lines.append(_export(Path.cwd() / "fedsim-node-0"))
     lines.append(commands.shown(commands.supernode(Superlink(link.host, link.port, files), 0, clients, NODE_PORT, key)))
     if clients > 1:
         others = "supernode 1" if clients == 2 else f"supernodes 1 to {clients - 1}"
@@ -89,24 +94,16 @@ def _node(folder: Path, link: Superlink, clients: int, keys: list[NodeKey]) -> l
     return lines
 
 
-def _relative(folder: Path, link: Superlink) -> Superlink:
+def _relative(link: Superlink) -> Superlink:
     if link.files is None:
         return link
-    return Superlink(
-        link.host,
-        link.port,
-        ServerFiles(
-            _near(folder, link.files.authority), _near(folder, link.files.certificate), _near(folder, link.files.key)
-        ),
-    )
+    files = (link.files.authority, link.files.certificate, link.files.key)
+    return Superlink(link.host, link.port, ServerFiles(*(_near(path) for path in files)))
 
 
-def _near_key(folder: Path, key: NodeKey) -> NodeKey:
-    return NodeKey(_near(folder, key.private), _near(folder, key.public))
-
-
-def _near(folder: Path, path: Path) -> Path:
-    return path.relative_to(folder) if path.is_relative_to(folder) else path
+def _near(path: Path) -> Path:
+    """A path from the folder where we are, if it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def _listen(host: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedsim.flower.messages import arrays, tensors
 
 COMMITTED = "fedsim.committed"
 PENDING = "fedsim.pending."
+COMMITS = "fedsim.commits"
 
 
 class Kept:
@@ -34,9 +35,15 @@ class Kept:
                 committed = self.records.get(COMMITTED)
                 held = dict(committed) if isinstance(committed, ArrayRecord) else {}
                 self.records[COMMITTED] = ArrayRecord({**held, **new})
+                self.records[COMMITS] = ConfigRecord({"count": self.commits() + 1})
         alive = {f"{PENDING}{task}" for task in undecided}
         for name in [each for each in self.records if each.startswith(PENDING) and each not in alive]:
             del self.records[name]
+
+    def commits(self) -> int:
+        """How many tasks have changed the state so far."""
+        held = self.records.get(COMMITS)
+        return int(str(held["count"])) if isinstance(held, ConfigRecord) else 0
 
     def committed(self) -> dict[str, Tensor]:
         """The state that results the server has used have left."""

@@ -24,8 +24,10 @@ from fedsim.checks import ConfigError, SimulationError
 from fedsim.flower import commands
 from fedsim.flower.certificates import NodeKey, issue_node_key, issue_server
 from fedsim.flower.commands import Superlink
+from fedsim.flower.following import FollowedRun
 from fedsim.flower.processes import Process, Processes
 from fedsim.record import MARKER
+from fedsim.recording import is_complete
 
 HOST = "127.0.0.1"
 
@@ -37,6 +39,12 @@ CONNECT_SECONDS = 120.0
 
 ANSWER_SECONDS = 5.0
 """How long it may take to answer that it serves."""
+
+ASK_SECONDS = 10.0
+"""How often the superlink is asked who is connected."""
+
+CONNECTED = "SuperNode ID:"
+"""What a supernode says when it is."""
 
 COMMAND_SECONDS = 120.0
 """How long one of Flower's commands may take."""
@@ -149,13 +157,19 @@ class LocalFederation:
         return key
 
     def _wait_for_nodes(self) -> None:
-        end = time.monotonic() + CONNECT_SECONDS + COMMAND_SECONDS * self.nodes
-        while (connected := self._connected()) < self.nodes:
+        """Wait for what the nodes say themselves, and now and then for what the superlink says, which takes longer."""
+        began = asked = time.monotonic()
+        while not all(CONNECTED in process.log.read_text(errors="replace") for process in self.supernodes):
             for process in (self.superlink, *self.supernodes):
                 if process.status is not None:
                     raise _broken(process.died(), process)
-            if time.monotonic() > end:
-                raise _broken(f"only {connected} of {self.nodes} supernodes are connected", self.supernodes[-1])
+            if time.monotonic() - asked > ASK_SECONDS:
+                connected, asked = self._connected(), time.monotonic()
+                if connected >= self.nodes:
+                    break
+                if asked - began > CONNECT_SECONDS * (1 + self.nodes):
+                    raise _broken(f"only {connected} of {self.nodes} supernodes are connected", self.supernodes[-1])
+            time.sleep(0.1)
 
     def _connected(self) -> int:
         listed = _json(self._ask("list of nodes", commands.list_nodes()))
@@ -163,7 +177,7 @@ class LocalFederation:
 
     # ---- one run -----------------------------------------------------------------------------------
 
-    def run(self, app: Path, run_config: Mapping[str, str], look: Callable[[], None]) -> None:
+    def run(self, app: Path, run_config: Mapping[str, str], following: FollowedRun) -> None:
         """Run an app to its end.
 
         A supernode that dies meanwhile is told of, and the run goes on with the others.
@@ -171,7 +185,7 @@ class LocalFederation:
         Args:
             app: the folder of its ``pyproject.toml``.
             run_config: what it is given.
-            look: is called twice a second.
+            following: looks at the run's directory twice a second.
 
         Raises:
             ConfigError: if the server found fault with the configuration.
@@ -183,18 +197,22 @@ class LocalFederation:
         while process.status is None:
             self.processes.look()
             self._watch()
-            look()
+            following.look()
             time.sleep(LOOK_SECONDS)
-        look()
+        following.look()
         if process.status != 0:
             raise _broken(process.died(), process)
+        if not is_complete(following.path):
+            self._blame(process)
+
+    def _blame(self, process: Process) -> None:
+        """Find out why a run has left no complete records."""
         output = process.log.read_text(errors="replace")
         status, details = self._ended(output)
-        if status != "finished:completed":
-            wrong = re.findall(r"^fedsim\.checks\.ConfigError: (.+)$", output, re.MULTILINE)
-            if wrong:
-                raise ConfigError(wrong[-1])
-            raise _broken(f"the run has ended as {status}: {details}", process)
+        wrong = re.findall(r"^fedsim\.checks\.ConfigError: (.+)$", output, re.MULTILINE)
+        if wrong:
+            raise ConfigError(wrong[-1])
+        raise _broken(f"the run has ended as {status}: {details}", process)
 
     def _watch(self) -> None:
         if self.superlink.status is not None:

@@ -98,7 +98,6 @@ class Order(PlainRecord):
     job: str
     lr: float
     steps: int
-    """Local steps; -1 lets the rule say."""
     accepted: tuple[int, ...]
     """Tasks of this client whose results have been used, in that order, as far as the node may not know it yet."""
     undecided: tuple[int, ...]
@@ -117,6 +116,8 @@ class Report(PlainRecord):
     """Training examples it holds."""
     seconds: float
     """How long it trained."""
+    commits: int
+    """How often it has changed what it keeps: fewer than before means that it has lost that."""
     pause: float
     """Seconds until it is ready for another task."""
     next_steps: int

@@ -110,7 +110,8 @@ def _work(message: Message, context: Context) -> RecordDict:
         raise result.error
     kept.put(order.task, result.state)
     samples = int(learner.problem.samples[order.client])
-    report = Report(order.task, order.client, result.steps, samples, took, *_intentions(context.node_config))
+    said = (took, kept.commits(), *_intentions(context.node_config))
+    report = Report(order.task, order.client, result.steps, samples, *said)
     return RecordDict({"report": report.record(), "payload": arrays(result.payload)})
 
 

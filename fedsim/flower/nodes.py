@@ -57,6 +57,8 @@ class Member:
     accepted: list[int] = field(default_factory=list)
     """Tasks whose results have been used, as far as the node may not know it yet."""
     undecided: list[int] = field(default_factory=list)
+    commits: int = 0
+    """How often it has changed what it keeps, as it says."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ class Nodes(Pool):
         member = Member(node, said.client, said.samples, said.seconds_per_gradient, said.pause, said.next_steps)
         before = self._away.pop(node, None)
         if before is not None and before.client == said.client:
-            member.accepted, member.undecided = before.accepted, before.undecided
+            member.accepted, member.undecided, member.commits = before.accepted, before.undecided, before.commits
         elif said.client in self._said:
             logger.warning("client %d is another node than before: what it kept between tasks is gone", said.client)
         self.members[said.client], self._said[said.client] = member, said.samples
@@ -308,6 +310,9 @@ class Nodes(Pool):
         member.accepted = member.accepted[len(sent.accepted) :]  # it knows of these now
         member.undecided.append(task)
         member.next_steps = report.next_steps
+        if report.commits < member.commits:
+            logger.warning("client %d has lost what it kept between tasks, and begins anew", member.client)
+        member.commits = report.commits
         return Answer(task, result=Result(payload, {}, report.steps), report=report)
 
     def _check_report(self, report: Report, sent: Sent) -> None:

@@ -124,6 +124,12 @@ class RemoteTasks(Lifecycle):
             task.samples = int(rule.examples(np.array([task.steps]), held)[0])
         self.sim.learn(task, answer.report, work, took)
 
+    def lose_node(self, client: int) -> None:
+        """A client's node has gone, and its task with it: another node may be this client before anybody has looked."""
+        task = self.of_client.get(client)
+        if task is not None and task.status is Status.RUNNING:
+            self._cut(task, "interrupted", self.sim.kernel.now)
+
     def _malformed(self, result: Result, spec: dict[str, TensorSpec]) -> str:
         return result.wrong if isinstance(result, Unusable) else super()._malformed(result, spec)
 
