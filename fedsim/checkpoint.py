@@ -36,7 +36,7 @@ OURS = {
     "fedsim.rng": "Randomness",
     "fedsim.server": "Momentum PlainStep",
     "fedsim.simulation.links": "Gossip Letter",
-    "fedsim.simulation.tasks": "LiveTask Order Status",
+    "fedsim.simulation.tasks": "LiveTask Order",
     "fedsim.strategy": "Round",
     "fedsim.system.faults": "Stage",
     "fedsim.topology": "Exponential Full Grid Random Ring",

@@ -69,7 +69,7 @@ class Kernel:
     def __len__(self) -> int:
         return len(self._heap) - len(self._cancelled)
 
-    def schedule(self, time: int, phase: Phase, event: Any, client: int = -1, task: int = -1) -> int:
+    def schedule(self, time: int, phase: int, event: Any, client: int = -1, task: int = -1) -> int:
         """Put ``event`` at ``time`` (ns) and return a handle to cancel it by.
 
         Raises:

@@ -208,7 +208,7 @@ class Log:
         filled = [row if len(row) == width else (*row, *[None] * (width - len(row))) for row in rows if row is not None]
         columns = zip(*filled, strict=True) if filled else [()] * width
         schema = self._schema()
-        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)]
+        arrays = [_array(column, field.type) for column, field in zip(columns, schema, strict=True)]
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
     def _widened(self, batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -224,6 +224,14 @@ class Log:
 
         types = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
         return pa.schema([(name, types[kind]) for name, kind in self.columns.items()])
+
+
+def _array(values: Sequence[Any], type: pa.DataType) -> pa.Array:
+    """Values as an arrow array; many columns hold one value over and over, and strings are slow to look at."""
+    import pyarrow as pa
+
+    alike = not pa.types.is_floating(type) and values and values.count(values[0]) == len(values)  # -0.0 == 0.0
+    return pa.repeat(pa.scalar(values[0], type=type), len(values)) if alike else pa.array(values, type=type)
 
 
 def _rows(batch: pa.RecordBatch) -> list[Row]:

@@ -36,8 +36,9 @@ def _mix_array(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @lru_cache(maxsize=4096)
-def _purpose_word(purpose: str) -> int:
-    return int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
+def _purpose_key(root: int, purpose: str) -> int:
+    word = int.from_bytes(hashlib.blake2b(purpose.encode(), digest_size=8).digest(), "little")
+    return _mix(root ^ word)
 
 
 class Draw:
@@ -147,7 +148,7 @@ class Randomness:
 
     def __call__(self, purpose: str, *ids: Any) -> Draw:
         """The key of ``purpose`` and ``ids`` (ints or integer arrays, broadcast against each other)."""
-        key: Any = _mix(self._root ^ _purpose_word(purpose))
+        key: Any = _purpose_key(self._root, purpose)
         for each in ids:
             if isinstance(key, int) and (type(each) is int or np.ndim(each) == 0):
                 key = _mix(key ^ _mix((int(each) + _CHILD) & _MASK))

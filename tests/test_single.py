@@ -145,10 +145,10 @@ def test_the_ledger_holds_what_each_task_has_moved(seed: int, net: Any) -> None:
         tasks.append(task)
         now = int(chance.integers(now, task.arrived + 2))
         for each in tasks:
-            if each.status is Status.RUNNING and each.ended is None and each.arrived <= now:
+            if each.status == Status.RUNNING and each.ended is None and each.arrived <= now:
                 each.status = Status.ARRIVED
                 traffic.arrive(each)
-            elif each.status is Status.RUNNING and chance.random() < 0.2:
+            elif each.status == Status.RUNNING and chance.random() < 0.2:
                 each.ended = each.seen_until(now)
                 each.status = Status.DECIDED
                 traffic.cut(each, each.moved(now, system))

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fedsim")
 
 LOGGED_WARNINGS = 10
+FEW_PICKS = 16
+"""So few clients are picked one by one, which costs less than arrays do."""
+
 IDLE_CHANGES = 20_000
 """After so many presence changes during which nothing else happened a run is taken to be stuck."""
 
@@ -159,11 +162,14 @@ class Simulation(Federation):
         """
         draw, tries = self.randomness("pick by trial", self._picks), 4 * k + 8
         online, busy = self.system.availability.online, self.tasks.busy
-        if k == 1:  # most often the first one tried is idle, so the others need not be drawn
+        if k <= FEW_PICKS:  # most of those tried are idle, so few need be drawn
+            found: list[int] = []
             for n in range(tries):
                 client = draw.nth_integer(self.clients, n)
-                if online[client] and not busy[client]:
-                    return np.array([client])
+                if online[client] and not busy[client] and client not in found:
+                    found.append(client)
+                    if len(found) == k:
+                        return np.array(sorted(found))
             return None
         tried = draw.integers(self.clients, tries)
         idle = tried[online[tried] & ~busy[tried]]
@@ -392,7 +398,8 @@ class Simulation(Federation):
     def _end_instant(self) -> None:
         """Evaluate if that is due, and see whether the run is over."""
         limits, round, why = self.limits, self.round, None
-        self.evaluation.at_round(round)
+        if round >= self.evaluation.due:
+            self.evaluation.at_round(round)
         if limits.target is not None and self.evaluation.reached(limits.target):
             why = "target"
         elif limits.rounds is not None and round >= limits.rounds:

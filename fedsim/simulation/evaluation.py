@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -38,21 +39,22 @@ class Evaluation:
         self.every, self.client_every = every, client_every
         self.log = Log(METRIC_COLUMNS)
         self.latest: dict[str, float] = {}
-        self._due: tuple[dict[str, Tensor], tuple[Any, ...]] | None = None
+        self._put_off: tuple[dict[str, Tensor], tuple[Any, ...]] | None = None
         """The views of an evaluation that has been put off, and how its row begins."""
-        self._next = self._next_clients = 0
+        self.due: float = 0 if every else math.inf
+        """The round of the next evaluation."""
+        self._next_clients = 0
         self._taken: tuple[int, int, int] | None = None
         self._clients_taken: tuple[int, int, int] | None = None
         self._per_client: tuple[tuple[int, int, int], Columns] | None = None
 
     def at_round(self, round: int) -> None:
-        """Evaluate if ``round`` has come to the next one that is due."""
-        if self.every and round >= self._next:
-            self._next = (round // self.every + 1) * self.every
-            due = bool(self.client_every) and round >= self._next_clients
-            if due:
-                self._next_clients = (round // self.client_every + 1) * self.client_every
-            self._take(due)
+        """The evaluation that is due in ``round``; the next one is due when ``every`` rounds have passed."""
+        self.due = (round // self.every + 1) * self.every
+        clients = bool(self.client_every) and round >= self._next_clients
+        if clients:
+            self._next_clients = (round // self.client_every + 1) * self.client_every
+        self._take(clients)
 
     def final(self) -> None:
         """Evaluate the end of the run, on the clients' own examples too if ever, unless that has just been done."""
@@ -92,7 +94,7 @@ class Evaluation:
         """Everything that :meth:`restore` needs, the whole log included: it is short."""
         self.catch_up()
         log = {"columns": self.log.columns, "rows": self.log.rows()}
-        due = {"next": self._next, "next_clients": self._next_clients}
+        due = {"next": self.due, "next_clients": self._next_clients}
         return {"latest": self.latest, "taken": self._taken, "clients_taken": self._clients_taken, **due, **log}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -100,7 +102,7 @@ class Evaluation:
         self.latest, self._taken, self._clients_taken = (
             snapshot[name] for name in ("latest", "taken", "clients_taken")
         )
-        self._next, self._next_clients = snapshot["next"], snapshot["next_clients"]
+        self.due, self._next_clients = snapshot["next"], snapshot["next_clients"]
         self.log.columns = snapshot["columns"]
         self.log.load([], snapshot["rows"])
 
@@ -129,7 +131,7 @@ class Evaluation:
         self._taken = self._moment()
         may_wait = sim.pool.trains_beside and sim.limits.target is None and not clients
         if may_wait and all(vectors.ndim == 1 for vectors in views.values()):
-            self._due = ({name: vector.clone() for name, vector in views.items()}, begin)
+            self._put_off = ({name: vector.clone() for name, vector in views.items()}, begin)
             return
         per_client = _of_clients(self.per_client()) if clients else {}
         if clients:
@@ -138,9 +140,9 @@ class Evaluation:
 
     def catch_up(self) -> None:
         """Make the evaluation that has been put off, if there is one."""
-        if self._due is not None:
-            due, self._due = self._due, None
-            self._evaluate(*due, {})
+        if self._put_off is not None:
+            put_off, self._put_off = self._put_off, None
+            self._evaluate(*put_off, {})
 
     def _evaluate(self, views: Mapping[str, Tensor], begin: tuple[Any, ...], per_client: dict[str, float]) -> None:
         problem, metrics = self.sim.problem, dict[str, float]()

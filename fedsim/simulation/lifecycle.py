@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedsim.checks import SimulationError, TaskError
 from fedsim.federation import Clients, Reply
-from fedsim.kernel import Phase, to_ns
+from fedsim.kernel import NS, Phase, to_ns
 from fedsim.local import TensorSpec
 from fedsim.record import EVENT_COLUMNS, Log
 from fedsim.simulation.preparation import Preparation
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from fedsim.simulation.engine import Simulation
+
+ARRIVAL = int(Phase.ARRIVAL)
+"""Every task needs it, and members of an enumeration are slow to find."""
 
 
 class Lifecycle:
@@ -64,13 +67,13 @@ class Lifecycle:
         asked = [-1] * len(ids) if steps is None else _steps(steps, len(ids))
         starts = self._starts(start, len(ids))
         order = Order(job, tag, sim.kernel.now, local, held, None if deadline is None else to_ns(deadline))
-        first = self._next
+        first, busy = self._next, self.busy
         self._next += len(ids)
         for number, client, count, vector in zip(range(first, self._next), ids, asked, starts, strict=True):
             task = LiveTask(number, client, order, count, vector)
             self._open[number] = self.of_client[client] = task
+            busy[client] = True
             self.requested.append(task)
-        self.busy[ids] = True
         return list(range(first, self._next))
 
     def _check_free(self, ids: list[int]) -> None:
@@ -99,7 +102,7 @@ class Lifecycle:
         requested, self.requested = self.requested, []
         online, version, batch = sim.system.availability.online, sim.version, []
         for task in requested:
-            if task.status is Status.REQUESTED:  # else it was cancelled in the same instant
+            if task.status == Status.REQUESTED:  # else it was cancelled in the same instant
                 task.version = version
                 if online[task.client]:
                     batch.append(task)
@@ -132,7 +135,7 @@ class Lifecycle:
         """Put the task's end into the heap: its arrival, or when the server notices that it is lost."""
         kernel = self.sim.kernel
         if task.ended is None:
-            task.handle = kernel.schedule(task.arrived, Phase.ARRIVAL, ("arrive", task), task.client, task.id)
+            task.handle = kernel.schedule(task.arrived, ARRIVAL, ("arrive", task), task.client, task.id)
         else:
             # The server cannot even reach who is offline, so that loss is noticed at once.
             delay = 0 if task.why == "offline" else self.sim.system.faults.detect_ns
@@ -195,7 +198,7 @@ class Lifecycle:
             sim.strategy.on_lost(sim, task.view(), "rejected")
             return
         payload = dict(result.payload)  # the strategy's own, and the result may be every task's
-        sim.strategy.on_reply(sim, Reply(task.view(), sim.now, sim.samples.item(task.client), payload))
+        sim.strategy.on_reply(sim, Reply(task.view(), task.arrived / NS, sim.samples.item(task.client), payload))
 
     def _fail(self, task: LiveTask, error: TaskError) -> None:
         """Client code raised: the end of the run, or, if the faults model says so, of the task before its upload."""
@@ -238,7 +241,7 @@ class Lifecycle:
         task = self._open.get(task_id)
         if task is None or task.status not in (Status.REQUESTED, Status.RUNNING, Status.LOST):
             raise ValueError(f"task {task_id} is not in flight")
-        if task.status is Status.REQUESTED:
+        if task.status == Status.REQUESTED:
             task.version = self.sim.version
         else:
             self._stop_work(task, "cancelled", self.sim.kernel.now)
@@ -257,7 +260,7 @@ class Lifecycle:
 
     def _cut(self, task: LiveTask, why: str, at: int) -> None:
         """The client stops working on a task; the server will notice in time."""
-        requested = task.status is Status.REQUESTED
+        requested = task.status == Status.REQUESTED
         self._stop_work(task, why, at)
         task.status = Status.LOST
         if requested:  # never came into effect: nothing was planned, nothing moved
@@ -290,7 +293,7 @@ class Lifecycle:
         for client in clients.tolist() if self._on_offline != "finish" else ():
             task = self.of_client.get(client)
             now = self.sim.kernel.now
-            at_work = task is not None and task.status is Status.RUNNING and (task.ended is None or task.ended > now)
+            at_work = task is not None and task.status == Status.RUNNING and (task.ended is None or task.ended > now)
             if task is None or not at_work:  # a task that has dropped out is over, whether noticed or not
                 continue
             if self._on_offline == "lose":
@@ -327,12 +330,12 @@ class Lifecycle:
 
     def _arrived(self, reply: Reply) -> LiveTask:
         task = self._open.get(reply.task.id)
-        if task is None or task.status is not Status.ARRIVED:
+        if task is None or task.status != Status.ARRIVED:
             raise ValueError(f"the reply of task {reply.task.id} (client {reply.client}) was used or rejected before")
         return task
 
     def _decide(self, task: LiveTask, outcome: str, applied_version: int | None = None) -> None:
-        if task.status is Status.ARRIVED:
+        if task.status == Status.ARRIVED:
             row = task.arrived_row(outcome, applied_version)
         else:
             now = self.sim.kernel.now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,8 +49,8 @@ class Preparation:
         self.nth = np.zeros(sim.clients, dtype=np.int64)
         """How many tasks of each client have taken effect."""
         self._plain = {name for name, rule in jobs.items() if _counts_plainly(type(rule))}
-        self._counts: dict[tuple[object, ...], dict[tuple[int, int], tuple[int, int]]] = {}
-        """By a rule's settings: steps and examples by a client's examples and the steps asked for."""
+        self._counts: dict[tuple[object, int, int], tuple[int, int]] = {}
+        """Steps and examples of a task, by its rule's settings, its client's examples and the steps asked for."""
 
     def prepare(self, batch: Sequence[LiveTask], measure: Callable[[LiveTask], None]) -> None:
         """Prepare all tasks that take effect together.
@@ -60,10 +60,7 @@ class Preparation:
             measure: trains a task at once and sets its steps and sizes; for rules whose work depends on its outcome.
         """
         copies: Copies = {}
-        jobs: dict[str, list[LiveTask]] = {}
-        for task in batch:
-            jobs.setdefault(task.order.job, []).append(task)
-        for job, tasks in jobs.items():
+        for job, tasks in _by_job(batch).items():
             rule = self.sim.strategy.jobs[job]
             self._count(tasks, rule)
             if rule.gradients_per_step != 1:
@@ -76,7 +73,8 @@ class Preparation:
     ) -> None:
         """Take the snapshot the tasks of one job are trained from, and count their bytes."""
         sim, job = self.sim, tasks[0].order.job
-        rate, untrained = rule.rate(sim.round), self.untrained.get(job)
+        untrained = self.untrained.get(job)
+        rate = 0.0 if untrained is not None else rule.rate(sim.round)
         silent = getattr(sim.strategy.message, "__func__", None) is Strategy.message
         for task in tasks:
             order = task.order
@@ -114,9 +112,9 @@ class Preparation:
         if tasks[0].order.job not in self._plain or isinstance(rule.steps, list) or isinstance(rule.epochs, list):
             self._count_anew(tasks, rule)
             return
-        counts = self._counts.setdefault((rule.steps, rule.epochs, rule.batch_size), {})
-        for task, held in zip(tasks, self._held(tasks), strict=True):
-            key = held, task.steps
+        settings, counts, samples = (rule.steps, rule.epochs, rule.batch_size), self._counts, self.sim.samples
+        for task in tasks:
+            key = settings, samples.item(task.client), task.steps
             known = counts.get(key)
             if known is not None:
                 task.steps, task.samples = known
@@ -132,13 +130,6 @@ class Preparation:
         for task, count, examples in zip(tasks, steps.tolist(), rule.examples(steps, samples).tolist(), strict=True):
             task.steps, task.samples = count, examples
 
-    def _held(self, tasks: Sequence[LiveTask]) -> list[int]:
-        """How many examples each task's client holds."""
-        if len(tasks) == 1:
-            return [self.sim.samples.item(tasks[0].client)]
-        held: list[int] = self._samples(tasks).tolist()
-        return held
-
     def _samples(self, tasks: Sequence[LiveTask]) -> NDArray[np.int64]:
         return self.sim.samples[[task.client for task in tasks]]
 
@@ -146,6 +137,15 @@ class Preparation:
 def _counts_plainly(kind: type[LocalSGD]) -> bool:
     """Whether a rule counts its steps and examples as :class:`LocalSGD` does."""
     return all(getattr(kind, name) is getattr(LocalSGD, name) for name in COUNTING)
+
+
+def _by_job(batch: Sequence[LiveTask]) -> Mapping[str, Sequence[LiveTask]]:
+    if len(batch) == 1:
+        return {batch[0].order.job: batch}
+    jobs: dict[str, list[LiveTask]] = {}
+    for task in batch:
+        jobs.setdefault(task.order.job, []).append(task)
+    return jobs
 
 
 def _spec(tensor: Tensor) -> TensorSpec:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -13,21 +12,21 @@ from fedsim.checks import SimulationError
 from fedsim.federation import Task
 from fedsim.kernel import NS
 from fedsim.record import Row
-from fedsim.system import LONGEST, Stage, System
+from fedsim.system import LONGEST, System
 from fedsim.training import Result, Work
 
 
-class Status(Enum):
-    """Where a task is in its life."""
+class Status:
+    """Where a task is in its life. Plain strings: a run looks at them often, and an enumeration's are slow to find."""
 
-    REQUESTED = "requested"
+    REQUESTED: Final = "requested"
     """Dispatched in this instant, not yet in effect."""
-    RUNNING = "running"
-    LOST = "lost"
+    RUNNING: Final = "running"
+    LOST: Final = "lost"
     """Over, but the server has not noticed yet."""
-    ARRIVED = "arrived"
+    ARRIVED: Final = "arrived"
     """Its result is here, unused so far."""
-    DECIDED = "decided"
+    DECIDED: Final = "decided"
 
 
 class Order(NamedTuple):
@@ -48,7 +47,7 @@ class LiveTask:
     """
 
     version = 0
-    status = Status.REQUESTED
+    status: str = Status.REQUESTED
     nth = -1
     gradients = 1
     """How many gradients one local step takes."""
@@ -105,7 +104,7 @@ class LiveTask:
 
     def moved(self, now: int, system: System) -> tuple[int, int]:
         """Bytes that have travelled down and up by ``now``; a cut transfer counts up to the cut."""
-        if self.status is Status.REQUESTED:
+        if self.status == Status.REQUESTED:
             return 0, 0
         last = self.seen_until(now)
         if last >= self.arrived:
@@ -152,7 +151,7 @@ class LiveTask:
 
     def _times(self, now: int) -> tuple[float | None, ...]:
         """Seconds at which it started, had computed, started its upload and arrived, as far as it came."""
-        last = -1 if self.status is Status.REQUESTED else self.seen_until(now)
+        last = -1 if self.status == Status.REQUESTED else self.seen_until(now)
         whole = self.ended is None
         # A client lost in the moment its work was done has not begun to send.
         sending = self.upload_started <= last if whole else self.upload_started < last
@@ -172,11 +171,12 @@ def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
     Raises:
         SimulationError: for a task that would last beyond the end of the clock.
     """
-    if len(tasks) == 1:
-        _plan_one(tasks[0], system, now)
+    if len(tasks) <= system.few:
+        for task in tasks:
+            _plan_one(task, system, now)
         return
     asked = [(task.client, task.nth, task.steps * task.gradients, task.down_bytes, task.up_bytes) for task in tasks]
-    down, compute, up, stage, fraction = system.spans(*np.array(asked, dtype=np.int64).T)
+    down, compute, up, stage, fraction = system.spans(*(np.array(column) for column in zip(*asked, strict=True)))
     local = np.array([task.order.local for task in tasks])
     if local.any():
         down, up = np.where(local, 0, down), np.where(local, 0, up)
@@ -185,11 +185,11 @@ def plan(tasks: Sequence[LiveTask], system: System, now: int) -> None:
     computed = started + compute
     arrived = np.maximum(computed + up, now + 1)
     columns = (each.tolist() for each in (down, up, started, computed, arrived))
-    for task, *times in zip(tasks, *columns, strict=True):
-        task.down_time, task.up_time, task.started, task.computed, task.arrived = times
-        task.upload_started = task.computed
+    for task, down_time, up_time, starts, computes, arrives in zip(tasks, *columns, strict=True):
+        task.down_time, task.up_time, task.started, task.arrived = down_time, up_time, starts, arrives
+        task.computed = task.upload_started = computes
         task.status = Status.RUNNING
-    for lost in np.flatnonzero(stage != Stage.NONE).tolist():
+    for lost in np.flatnonzero(stage).tolist():
         tasks[lost].drop_out(fraction[lost].item(), now)
 
 
@@ -199,13 +199,14 @@ def _plan_one(task: LiveTask, system: System, now: int) -> None:
     down, compute, up, stage, fraction = spans
     if task.order.local:
         down = up = 0
-    _check_clock(now, max(down, compute, up))
+    if now + down + compute + up >= LONGEST:  # what may be beyond the end of the clock is looked at closely
+        _check_clock(now, max(down, compute, up))
     task.down_time, task.up_time = down, up
     task.started = now + down
     task.computed = task.upload_started = task.started + compute
     task.arrived = max(task.computed + up, now + 1)
     task.status = Status.RUNNING
-    if stage != Stage.NONE:
+    if stage:
         task.drop_out(fraction, now)
 
 

@@ -56,6 +56,8 @@ class System:
         self.network = NoNetwork() if network is None else network
         self.availability = Always() if availability is None else availability
         self.faults = Faults() if faults is None else faults
+        self.few = 1
+        """So few tasks are planned one by one, which costs less than arrays do; known after :meth:`prepare`."""
 
     def prepare(self, clients: int, randomness: Randomness, class_counts: ClassCounts = lambda: None) -> None:
         """Draw everything that is fixed per client, and put availability at time 0.
@@ -71,6 +73,7 @@ class System:
         self.availability.prepare(clients, randomness)
         self.faults.prepare(clients, randomness)
         self._repeated = single.applies(self)
+        self.few = single.FEW if self._repeated else 1
 
     def spans(
         self,

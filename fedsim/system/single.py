@@ -22,6 +22,9 @@ from fedsim.system.network import SLOWEST, Network
 if TYPE_CHECKING:
     from fedsim.system import System
 
+FEW = 16
+"""Up to so many tasks one after another cost less than an array of them."""
+
 
 def applies(system: System) -> bool:
     """Whether the models of a system are those that this module repeats: no subclass counts spans in its own way."""
