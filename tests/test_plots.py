@@ -129,6 +129,13 @@ def test_participation_sums_to_the_results_applied_from_each_client(buffered: li
     assert wanted.sum() > 0
 
 
+def test_several_results_of_a_client_in_one_span_all_count() -> None:
+    run = simulated(FedBuff(buffer_size=1), clients=2, cohort=2, stop=fedsim.Stop(rounds=80))
+    drawn = np.asarray(plots.participation(run).images[0].get_array())
+    assert drawn.max() > 1
+    np.testing.assert_array_equal(drawn.sum(axis=1), run.clients["applied"])
+
+
 def test_neighbours_share_a_row_beyond_five_hundred_clients() -> None:
     run = simulated(FedBuff(buffer_size=2), problem=fedsim.ScheduleOnly(10), clients=1201, cohort=400)
     drawn = np.asarray(plots.participation(run).images[0].get_array())

@@ -72,7 +72,7 @@ def test_pairs_are_by_seed_and_of_seeds_that_both_have_and_reached(tmp_path: Pat
     for seed, final in ((3, 0.9), (1, 0.5), (2, 0.8)):
         write_run(tmp_path / f"a{seed}", seed=seed, table={"accuracy": [0.1, final]})
     for seed, final in ((7, 0.0), (2, 0.85), (3, 0.6), (1, 0.9)):
-        write_run(tmp_path / f"b{seed}", seed=seed, table={"accuracy": [0.1, final]}, strategy=FEDBUFF)
+        write_run(tmp_path / f"b{9 - seed}", seed=seed, table={"accuracy": [0.1, final]}, strategy=FEDBUFF)
     groups = groups_of(tmp_path)
     pair = report.paired("fedbuff", groups["fedbuff"], "fedavg", groups["fedavg"], report.ask(groups, target=0.7))
     wanted = [0.9 - 0.5, 0.85 - 0.8, 0.6 - 0.9]
