@@ -169,21 +169,42 @@ def cluster() -> Iterator[str]:
     running.shutdown()
 
 
-@pytest.mark.slow
-def test_every_command_shown_runs_as_it_stands_one_after_the_other(own_parts: Path, cluster: str) -> None:
-    (own_parts / "delaydrop.py").write_text(blocks("python")[1])
-    (own_parts / "delaydrop.yaml").write_text(blocks("yaml")[0])
-    commands = list(dict.fromkeys(re.findall(r"^    fedsim (.*?)\s*(?:#.*)?$", README, re.M)))
-    assert len(commands) > 20
+def commands_shown(text: str) -> list[str]:
+    """What the indented lines of a text call, without comments, each once."""
+    return list(dict.fromkeys(re.findall(r"^    fedsim (.*?)\s*(?:#.*)?$", text, re.M)))
+
+
+def run_all(commands: list[str], folder: Path) -> None:
+    """Run the commands in turn, as a user would."""
     for command in commands:
-        words = shlex.split(command.replace(CLUSTER, cluster))
-        if words[0] == "resume":
-            shutil.rmtree(words[1])
-            stopped_run(words[1])
-        done = subprocess.run([FEDSIM, *words], cwd=own_parts, capture_output=True, text=True, timeout=600)
+        done = subprocess.run([FEDSIM, *shlex.split(command)], cwd=folder, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         assert done.stdout.strip(), command
-    for manifest in own_parts.glob("runs/**/manifest.json"):
-        assert len(pd.read_parquet(manifest.parent / "events.parquet"))
-    shown = [command for command in commands if re.match(r"run (?!.*--help)", command)]
-    assert len(list(own_parts.glob("runs/*"))) == 1 + sum(" -m " not in f" {command} " for command in shown)
+
+
+def is_deployment(command: str) -> bool:
+    return command.startswith("deploy") or command in commands_shown(README.partition("## Deploying with Flower")[2])
+
+
+@pytest.mark.slow
+def test_every_command_shown_runs_as_it_stands_one_after_the_other(own_parts: Path, cluster: str) -> None:
+    commands = [command for command in commands_shown(README) if not is_deployment(command)]
+    assert len(commands) > 25
+    resume = next(command for command in commands if command.startswith("resume"))
+    before, after = commands[: commands.index(resume)], commands[commands.index(resume) :]
+    run_all([command.replace(CLUSTER, cluster) for command in before], own_parts)
+    shutil.rmtree(resume.split()[1])
+    stopped_run(resume.split()[1])
+    run_all([command.replace(CLUSTER, cluster) for command in after], own_parts)
+    runs = [command for command in commands if re.match(r"run (?!.*--help)(?!-m)", command)]
+    made = [path.parent for path in own_parts.glob("runs/*/manifest.json")]
+    assert len(made) == len(runs)
+    assert all(len(pd.read_parquet(path / "events.parquet")) for path in made)
+
+
+@pytest.mark.slow
+def test_every_deployment_shown_runs_as_it_stands(folder: Path) -> None:
+    commands = [command for command in commands_shown(README) if is_deployment(command)]
+    assert sum("--local" in command for command in commands) == 2
+    run_all(commands, folder)
+    assert "wall" in (folder / "runs/both/report.md").read_text()
