@@ -23,10 +23,10 @@ from fedsim.problems.chain import Chain
 from fedsim.training.batches import Batch
 from fedsim.vectors import ALIGNED, aligned_stack
 
-FEWEST, MOST = 2, 64
+FEWEST, MOST = 2, 128
 """Clients in a stack."""
 
-NUMBERS = 1_700_000
+NUMBERS = 2_500_000
 """Parameters and activations of a stack, about: with more the working set leaves the processor's cache."""
 
 
