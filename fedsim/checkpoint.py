@@ -23,7 +23,7 @@ from fedsim.encoding import Decoder, Encoder, UnreadableError
 
 logger = logging.getLogger("fedsim")
 
-FORMAT = 4
+FORMAT = 5
 KEPT = 2
 """Checkpoints kept: the newest, and the one before in case the newest cannot be read."""
 
