@@ -141,7 +141,8 @@ def test_the_folder_is_its_owners_alone(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_run_configuration_survives_any_text() -> None:
     text = json.dumps({"config": {"path": 'a "b" \\ \n \x7f \u2028 ü 😀'}})
-    assert tomllib.loads(settings({"fedsim": text, "loader": "a.b:c"})) == {"fedsim": text, "loader": "a.b:c"}
+    given = {"fedsim": text, "loader": "\x7f \t ü 😀 \\"}
+    assert tomllib.loads(settings(given)) == given
 
 
 def shell(text: str) -> list[list[str]]:

@@ -95,6 +95,17 @@ def test_who_does_not_listen_is_killed(ours: Processes, monkeypatch: pytest.Monk
     assert (deaf.status, polite.status) == (-signal.SIGKILL, -signal.SIGTERM)
 
 
+def test_what_cannot_be_killed_is_not_waited_for_without_end(ours: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = python(ours, DEAF)
+    until(lambda: deaf.tail() == "deaf")
+    with monkeypatch.context() as patched:
+        patched.setattr(processes, "LONGEST_STOP_SECONDS", 0.2)
+        patched.setattr(psutil.Process, "kill", lambda self: None)  # as if it hung in the kernel
+        ours.stop()
+    assert deaf.status is None
+    deaf.popen.kill()
+
+
 def test_a_session_that_is_empty_is_forgotten(ours: Processes) -> None:
     # Its number may be somebody else's by the time that we stop.
     ended, waiting = python(ours, "pass", "short"), python(ours, WAIT, "long")

@@ -187,5 +187,4 @@ def _write_secret(path: Path, content: bytes) -> None:
     """Write a new file that nobody else can read, at no moment."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(file.fileno(), 0o600)  # whatever the umask
         file.write(content)

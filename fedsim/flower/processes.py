@@ -26,7 +26,7 @@ GRACE_SECONDS = 10.0
 """How long a process that was asked to end may take before it is killed."""
 
 LONGEST_STOP_SECONDS = 40.0
-"""After this everything that is left is killed at once."""
+"""After this everything that is left is killed at once; after twice as long it is left to the system."""
 
 TAIL_LINES = 15
 """Lines of a dead process's log that an error shows."""
@@ -155,6 +155,8 @@ class Processes:
             began = time.monotonic()
             while members := self._members():
                 now = time.monotonic()
+                if now - began > 2 * LONGEST_STOP_SECONDS:  # nobody can kill what hangs in the kernel
+                    break
                 parents = {process.ppid for process in members}
                 for process in members:
                     patience = GRACE_SECONDS if now - began < LONGEST_STOP_SECONDS else 0.0
