@@ -48,6 +48,11 @@ class Evaluation:
         self._clients_taken: tuple[int, int, int] | None = None
         self._per_client: tuple[tuple[int, int, int], Columns] | None = None
 
+    def leave_off(self) -> int:
+        """Evaluate nothing from now on: somebody else writes the rows. Return how many rounds lay between them."""
+        every, self.every, self.due = self.every, 0, math.inf
+        return every
+
     def at_round(self, round: int) -> None:
         """The evaluation that is due in ``round``; the next one is due when ``every`` rounds have passed."""
         self.due = (round // self.every + 1) * self.every
