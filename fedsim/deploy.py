@@ -169,7 +169,7 @@ def _run_here(assembly: Assembly, app: Path | None, nodes: int, options: argpars
             try:
                 federation.run(app or write_app(Path(folder) / "app"), _given(assembly, out, options), following)
             finally:
-                federation.keep_logs(out)
+                federation.keep_logs(following)
     except Interrupted as interruption:
         raise Interrupted(f"{interruption}: superlink and supernodes are stopped", interruption.signal) from None
     finally:
