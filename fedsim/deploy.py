@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fedsim.assemble import Assembly, new_folder
 from fedsim.checks import ConfigError, Interrupted, whole
@@ -110,11 +112,11 @@ def _checked(config: dict[str, Any], choices: dict[str, str]) -> Assembly:
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """What the overrides say of the deployment itself."""
+    """What the overrides say of the deployment itself, read as Hydra reads the others."""
     pairs = [each.removeprefix(SETTING).partition("=") for each in overrides if each.startswith(SETTING)]
     try:
-        return {key: yaml.safe_load(value) for key, _, value in pairs}
-    except yaml.YAMLError:
+        return {key: OmegaConf.from_dotlist([f"value={value}"])["value"] for key, _, value in pairs}
+    except (yaml.YAMLError, OmegaConfBaseException):
         words = " ".join(f"{SETTING}{key}={value}" for key, _, value in pairs)
         raise ConfigError(f"{words}: cannot be read as key=value") from None
 
@@ -142,9 +144,12 @@ def _print(assembly: Assembly, app: Path | None, options: argparse.Namespace) ->
         raise ConfigError(f"--folder={folder}: exists already, give another")
     out = assembly.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
-        text = write_deployment(
-            folder, Superlink(host, port), app, _given(assembly, out, options), assembly.clients, options.tls
-        )
+        with interruptible():
+            given = _given(assembly, out, options)
+            link = Superlink(host, port)
+            text = write_deployment(folder, link, app, given, assembly.clients, options.tls, out)
+    except Interrupted as interruption:
+        raise Interrupted(f"{interruption}: nothing is written", interruption.signal) from None
     except OSError as error:
         raise ConfigError(f"--folder={folder}: cannot be written: {error.strerror}") from None
     print(text, end="")
