@@ -83,6 +83,8 @@ def main(options: argparse.Namespace) -> int:
         Interrupted: after a signal; everything that was started is stopped then.
     """
     overrides, local = [each for each in options.overrides if not each.startswith(SETTING)], options.local
+    if "strategy=flower" in overrides:
+        raise ConfigError("strategy=flower: a Flower app needs no fedsim to be deployed: flwr run DIR")
     app = None if options.app is None else check_app(options.app)
     if options.loader and not re.fullmatch(r"[\w.]+:\w+", options.loader):
         raise ConfigError(f"--loader={options.loader}: must be package.module:function")

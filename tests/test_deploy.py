@@ -230,6 +230,7 @@ WRONG = {
     "strategy=fedavgg": "did you mean 'fedavg'?",
     "out=there": "exists already, give another directory or overwrite=true",
     "strategy=dfedavg": "peers that talk to each other",
+    "strategy=flower app=there": "strategy=flower: a Flower app needs no fedsim to be deployed: flwr run DIR",
     "problem=none": "trains nothing; deploy one that does",
     "--local 2 strategy=dfedavg": "peers that talk to each other",
 }
