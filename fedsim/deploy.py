@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from fedsim.assemble import Assembly, new_folder
 from fedsim.checks import ConfigError, Interrupted, whole
@@ -81,6 +83,8 @@ def main(options: argparse.Namespace) -> int:
         Interrupted: after a signal; everything that was started is stopped then.
     """
     overrides, local = [each for each in options.overrides if not each.startswith(SETTING)], options.local
+    if "strategy=flower" in overrides:
+        raise ConfigError("strategy=flower: a Flower app needs no fedsim to be deployed: flwr run DIR")
     app = None if options.app is None else check_app(options.app)
     if options.loader and not re.fullmatch(r"[\w.]+:\w+", options.loader):
         raise ConfigError(f"--loader={options.loader}: must be package.module:function")
@@ -110,11 +114,11 @@ def _checked(config: dict[str, Any], choices: dict[str, str]) -> Assembly:
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:
-    """What the overrides say of the deployment itself."""
+    """What the overrides say of the deployment itself, read as Hydra reads the others."""
     pairs = [each.removeprefix(SETTING).partition("=") for each in overrides if each.startswith(SETTING)]
     try:
-        return {key: yaml.safe_load(value) for key, _, value in pairs}
-    except yaml.YAMLError:
+        return {key: OmegaConf.from_dotlist([f"value={value}"])["value"] for key, _, value in pairs}
+    except (yaml.YAMLError, OmegaConfBaseException):
         words = " ".join(f"{SETTING}{key}={value}" for key, _, value in pairs)
         raise ConfigError(f"{words}: cannot be read as key=value") from None
 
@@ -142,9 +146,12 @@ def _print(assembly: Assembly, app: Path | None, options: argparse.Namespace) ->
         raise ConfigError(f"--folder={folder}: exists already, give another")
     out = assembly.out or Path("runs") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     try:
-        text = write_deployment(
-            folder, Superlink(host, port), app, _given(assembly, out, options), assembly.clients, options.tls
-        )
+        with interruptible():
+            given = _given(assembly, out, options)
+            link = Superlink(host, port)
+            text = write_deployment(folder, link, app, given, assembly.clients, options.tls, out)
+    except Interrupted as interruption:
+        raise Interrupted(f"{interruption}: nothing is written", interruption.signal) from None
     except OSError as error:
         raise ConfigError(f"--folder={folder}: cannot be written: {error.strerror}") from None
     print(text, end="")
@@ -169,7 +176,7 @@ def _run_here(assembly: Assembly, app: Path | None, nodes: int, options: argpars
             try:
                 federation.run(app or write_app(Path(folder) / "app"), _given(assembly, out, options), following)
             finally:
-                federation.keep_logs(out)
+                federation.keep_logs(following)
     except Interrupted as interruption:
         raise Interrupted(f"{interruption}: superlink and supernodes are stopped", interruption.signal) from None
     finally:

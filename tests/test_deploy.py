@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -16,7 +17,9 @@ import pytest
 
 from fedsim.cli import main
 from fedsim.config import compose_run
+from fedsim.flower import instructions
 from fedsim.flower.application import write_app
+from fedsim.flower.certificates import NodeKey, issue_node_key
 from fedsim.flower.commands import settings
 from fedsim.flower.configuration import read_run_config
 
@@ -199,6 +202,7 @@ def test_an_app_needs_both_halves_and_our_keys(capsys: pytest.CaptureFixture[str
         project.replace('fedsim = ""', ""): 'must have fedsim = ""',
         project.replace('loader = ""', "loader = 3"): 'must have loader = ""',
         "[": "cannot be read",
+        "[tool]\nflwr = 3": "must name both serverapp and clientapp",
     }.items():
         (folder / "app/pyproject.toml").write_text(wrong)
         assert main(["deploy", *QUICK, "clients=2", "--app", "app"]) == 2
@@ -227,6 +231,7 @@ WRONG = {
     "strategy=fedavgg": "did you mean 'fedavg'?",
     "out=there": "exists already, give another directory or overwrite=true",
     "strategy=dfedavg": "peers that talk to each other",
+    "strategy=flower app=there": "strategy=flower: a Flower app needs no fedsim to be deployed: flwr run DIR",
     "problem=none": "trains nothing; deploy one that does",
     "--local 2 strategy=dfedavg": "peers that talk to each other",
 }
@@ -249,6 +254,45 @@ def test_settings_of_the_deployment_are_passed_on(capsys: pytest.CaptureFixture[
     printed(capsys, "clients=2", "deployment.wait_seconds=7", "deployment.most_samples=5")
     read = read_run_config(tomllib.loads(Path("deployment/run.toml").read_text()))
     assert (read.settings.wait_seconds, read.settings.most_samples, read.settings.poll_seconds) == (7.0, 5, 0.2)
+
+
+def test_numbers_of_the_deployment_are_read_as_all_others(capsys: pytest.CaptureFixture[str]) -> None:
+    printed(capsys, "clients=2", "deployment.ttl_seconds=1e3", "deployment.wait_seconds=2e-1")
+    read = read_run_config(tomllib.loads(Path("deployment/run.toml").read_text()))
+    assert (read.settings.ttl_seconds, read.settings.wait_seconds) == (1000.0, 0.2)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_no_half_of_the_files(
+    number: signal.Signals,
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: Path,
+) -> None:
+    def interrupted(keys: Path, name: str) -> NodeKey:
+        if name == "node-1":
+            os.kill(os.getpid(), number)
+        return issue_node_key(keys, name)
+
+    monkeypatch.setattr(instructions, "issue_node_key", interrupted)
+    before = signal.signal(number, signal.default_int_handler)  # not the end of the tests, should nobody listen
+    try:
+        assert main(["deploy", *QUICK, "clients=2", "--tls"]) == status
+    finally:
+        signal.signal(number, before)
+    shown = capsys.readouterr()
+    assert shown.err.endswith(": nothing is written\n")
+    assert (shown.out, list(folder.iterdir())) == ("", [])
+
+
+def test_it_is_told_where_the_records_will_be(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["deploy", *QUICK, "clients=2", "out=there"]) == 0
+    assert "# its records go to there\n" in capsys.readouterr().out
+    assert main(["deploy", *QUICK, "clients=2", "--folder", "other"]) == 0
+    told = re.search("# its records go to (runs/.+)\n", capsys.readouterr().out)
+    assert told is not None
+    assert told[1] in Path("other/run.toml").read_text()
 
 
 def test_flags_may_stand_between_overrides(capsys: pytest.CaptureFixture[str]) -> None:

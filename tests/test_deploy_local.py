@@ -57,6 +57,8 @@ elif words[0] == "run":
     held = json.loads(tomllib.loads(pathlib.Path(words[words.index("--run-config") + 1]).read_text())["fedsim"])
     out = pathlib.Path(held["config"]["out"])
     def record():
+        if out.exists() and any(out.iterdir()):
+            out.rename(out.with_name("before"))
         out.mkdir(exist_ok=True)
         (out / ".fedsim-run").touch()
         (out / "run.log").write_text("1 INFO begins\\n2 WARNING client 1 is gone\\n3 INFO ends\\n")
@@ -240,3 +242,19 @@ def test_a_deployment_may_be_replaced_with_its_logs_and_not_by_accident(
     assert deploy(monkeypatch, "record()", "out=here") == 2
     assert "out=here: exists already" in capsys.readouterr().err
     assert deploy(monkeypatch, "record()", "out=here", "overwrite=true") == 0
+
+
+def test_a_run_that_fails_before_it_begins_is_not_taken_for_the_one_it_was_to_replace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    assert deploy(monkeypatch, "record()", "out=here") == 0
+    log = (folder / "here/logs/run.log").read_text()
+    capsys.readouterr()
+    (folder / "begun").unlink()
+    (folder / "failed").touch()
+    assert deploy(monkeypatch, "time.sleep(0.2); print('ImportError: oh')", "out=here", "overwrite=true") == 1
+    shown = capsys.readouterr()
+    assert "the run has ended as finished:failed" in shown.err
+    assert "client 1 is gone" not in shown.err  # that is what the other run had to say
+    assert shown.out == ""
+    assert (folder / "here/logs/run.log").read_text() == log

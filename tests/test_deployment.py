@@ -86,7 +86,9 @@ UNBIASED = ["strategy=fedbuff", "strategy.weighting=samples", "strategy.stalenes
 
 def unlike_the_simulation(name):
     """Whether a strategy is refused, or weighs by speeds: predicted ones there, measured ones here."""
-    return name in ("known_probability", "rerce_clu", "fedfix", "async_fedavg", "dpsgd") or name.startswith("dfed")
+    return name in ("known_probability", "rerce_clu", "fedfix", "async_fedavg", "dpsgd", "flower") or name.startswith(
+        "dfed"
+    )
 
 
 @pytest.mark.slow

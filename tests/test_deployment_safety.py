@@ -9,9 +9,11 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
 
 from fedsim.flower import node
+from fedsim.flower.devices import real_devices
 from fedsim.flower.keeping import COMMITS, COMMITTED, Kept
 from fedsim.flower.messages import INTRODUCE, WORK, Order, WireError, arrays, tensors, work_message
 from fedsim.local import TensorSpec
+from fedsim.rng import Randomness
 from fedsim.simulation import engine
 from tests.grids import carried, deployed, grid_of
 
@@ -78,6 +80,7 @@ ATTACKS = {
     "more examples": (other(samples=10**9), "it claims 1000000000 examples"),
     "more steps": (other(steps=10**6), "it claims 1000000 local steps"),
     "negative time": (other(seconds=-1.0), "it claims to have taken -1.0 s"),
+    "endless time": (other(seconds=1e300), "it claims to have taken 1e\\+300 s"),
     "time that is no number": (other(seconds=float("nan")), "'report.seconds' is 'nan', expected float"),
     "steps that are no number": (other(steps="1"), "'report.steps' is '1', expected int"),
     "an endless pause": (other(pause=1e300), "make no sense"),
@@ -139,8 +142,15 @@ LIES = {
     "no examples": ({"samples": -1}, "client 1 says it holds -1 examples"),
     "model": ({"parameters": 21}, "its model has 21 parameters, the server's 20"),
     "speed": ({"seconds_per_gradient": -1.0}, "it measured -1.0 s per gradient"),
+    "no speed": ({"seconds_per_gradient": 1e300}, "it measured 1e+300 s per gradient"),
     "kind": ({"samples": 13.0}, "'introduction.samples' is '13.0', expected int"),
 }
+
+
+def test_what_is_expected_of_the_slowest_node_is_a_time():
+    _, _, measured = real_devices(2, Randomness(0))
+    measured.meet(0, 1e9)
+    assert (measured.expected(np.array([0, 1]), 10**6) > 0).all()
 
 
 @pytest.mark.parametrize("lie", LIES)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -130,6 +131,34 @@ def test_a_signal_stops_what_was_started(number: signal.Signals, tmp_path: Path)
     assert raised.value.signal == number
     assert started[0].status == -signal.SIGTERM
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_in_the_middle_of_a_start_stops_what_was_just_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    class Interrupting(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            started.append(self.pid)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupting)
+
+    def interrupted() -> None:
+        with interruptible(), Processes(tmp_path) as ours:
+            python(ours, WAIT)
+            python(ours, WAIT, "another")
+
+    try:
+        with pytest.raises(Interrupted):
+            interrupted()
+        assert [pid for pid in started if runs(pid)] == []
+        assert len(started) == 1
+    finally:
+        for pid in filter(runs, started):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from fedsim.checks import ConfigError
 from fedsim.flower.configuration import KEY, LOADER
@@ -54,12 +55,19 @@ def check_app(folder: Path) -> Path:
         raise ConfigError(f"--app={folder}: cannot be read: {path.name}: {error.strerror}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--app={folder}: {path.name} cannot be read ({error})") from None
-    app = project.get("tool", {}).get("flwr", {}).get("app", {})
-    if not {"serverapp", "clientapp"} <= app.get("components", {}).keys():
+    if not {"serverapp", "clientapp"} <= _table(project, "components").keys():
         raise ConfigError(
             f"--app={folder}: {path.name} must name both serverapp and clientapp in [tool.flwr.app.components]"
         )
-    missing = [key for key in (KEY, LOADER) if not isinstance(app.get("config", {}).get(key), str)]
+    missing = [key for key in (KEY, LOADER) if not isinstance(_table(project, "config").get(key), str)]
     if missing:
         raise ConfigError(f'--app={folder}: {path.name} must have {missing[0]} = "" in [tool.flwr.app.config]')
     return folder.resolve()
+
+
+def _table(project: dict[str, Any], name: str) -> dict[str, Any]:
+    """The table ``[tool.flwr.app.NAME]``, empty if there is none."""
+    table: Any = project
+    for each in ("tool", "flwr", "app", name):
+        table = table.get(each) if isinstance(table, dict) else None
+    return table if isinstance(table, dict) else {}

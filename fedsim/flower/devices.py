@@ -15,6 +15,10 @@ NEWEST = 0.5
 """Weight of the newest task in what is known of a client's speed."""
 
 
+LONGEST = 2.0**62
+"""What is expected of a task at most (ns): more would overflow."""
+
+
 class Connected(Availability):
     """Who is there: connected, and ready for a task if it has said when it will be."""
 
@@ -71,7 +75,7 @@ class Measured(Compute):
     def expected(self, clients: Ids, steps: int | NDArray[np.int64]) -> Nanoseconds:
         """Local work and the way there and back, int64 ns ``[k]``; who has not been seen is like the mean client."""
         speed, overhead = _known(self.seconds_per_step)[clients], _known(self.overhead)[clients]
-        return np.rint((speed * steps + overhead) * 1e9).astype(np.int64)
+        return np.rint(np.minimum((speed * steps + overhead) * 1e9, LONGEST)).astype(np.int64)
 
 
 class Unseen(Network):

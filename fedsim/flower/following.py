@@ -10,6 +10,7 @@ from typing import Any
 
 from fedsim.checks import FedsimError
 from fedsim.progress import headline, seconds
+from fedsim.record import MARKER
 
 LOUD = (" WARNING ", " ERROR ")
 """What marks the lines of ``run.log`` that are passed on."""
@@ -59,10 +60,18 @@ class FollowedRun:
     ) -> None:
         self.path, self.config, self.say, self.show = path, config, say, show
         self._read = 0
+        self._before = _marker(path)
         self._parts: list[tuple[str, int]] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether the run writes there, and not one that it has yet to replace."""
+        return _marker(self.path) not in (None, self._before)
 
     def look(self) -> None:
         """Tell what is new."""
+        if not self.begun:
+            return
         for line in self._new_lines():
             for mark in LOUD:
                 _, found, text = line.partition(mark)
@@ -101,6 +110,15 @@ class FollowedRun:
         if len(metrics):
             row = {str(name): value for name, value in metrics.iloc[-1].items()}
             show(done(row, self.config), state(row))
+
+
+def _marker(path: Path) -> tuple[int, int] | None:
+    """What tells a run's directory from the one before in its place; None if there is none."""
+    try:
+        found = (path / MARKER).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def done(row: Mapping[str, Any], config: Mapping[str, Any]) -> float:

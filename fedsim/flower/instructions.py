@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import shlex
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,9 +18,12 @@ NODE_PORT = 9094
 
 
 def write_deployment(
-    folder: Path, link: Superlink, app: Path | None, run_config: Mapping[str, str], clients: int, encrypted: bool
-) -> str:
+    folder: Path, link: Superlink, app: Path | None, run_config: Mapping[str, str], clients: int, encrypted: bool,
+    out: Path,
+) -> str:  # fmt: skip
     """Write the files of a deployment into ``folder``, which must not exist, and return the commands to paste.
+
+    Whatever comes in between, there is no half of them.
 
     The superlink begins in the folder where we are, as a run would: paths in the configuration mean the same.
 
@@ -30,22 +34,32 @@ def write_deployment(
         run_config: what the app is given.
         clients: how many supernodes there are to be.
         encrypted: TLS with an authority of its own, and nodes that prove who they are.
+        out: where the run's records will be.
     """
     folder.mkdir(parents=True)
-    folder.chmod(0o700)
-    keys: list[NodeKey] = []
-    if encrypted:
-        link = Superlink(link.host, link.port, issue_server(folder, [link.host]))
-        (folder / "nodes").mkdir()
-        keys = [issue_node_key(folder / "nodes", f"node-{node}") for node in range(clients)]
-    (folder / "home").mkdir()
-    (folder / "home" / "config.toml").write_text(commands.connection(link))
-    (folder / "run.toml").write_text(commands.settings(run_config))
-    app = app or write_app(folder / "app")
-    return "\n".join(_lines(folder, link, app, clients, keys)) + "\n"
+    try:
+        folder.chmod(0o700)
+        link, keys = _identities(folder, link, clients) if encrypted else (link, [])
+        (folder / "home").mkdir()
+        (folder / "home" / "config.toml").write_text(commands.connection(link))
+        (folder / "run.toml").write_text(commands.settings(run_config))
+        app = app or write_app(folder / "app")
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return "\n".join(_lines(folder, link, app, clients, keys, out)) + "\n"
 
 
-def _lines(folder: Path, link: Superlink, app: Path, clients: int, keys: list[NodeKey]) -> list[str]:
+def _identities(folder: Path, link: Superlink, clients: int) -> tuple[Superlink, list[NodeKey]]:
+    """The superlink with a certificate, and a key for every node."""
+    (folder / "nodes").mkdir()
+    files = issue_server(folder, [link.host])
+    return Superlink(link.host, link.port, files), [
+        issue_node_key(folder / "nodes", f"node-{node}") for node in range(clients)
+    ]
+
+
+def _lines(folder: Path, link: Superlink, app: Path, clients: int, keys: list[NodeKey], out: Path) -> list[str]:
     here = [commands.shown(["cd", str(Path.cwd())]), _export(folder / "home")]
     near = _relative(link)
     lines = ["# 1. The superlink, on this machine; it serves until you stop it with Ctrl-C"]
@@ -55,7 +69,8 @@ def _lines(folder: Path, link: Superlink, app: Path, clients: int, keys: list[No
     if keys:
         lines += ["# the nodes that may join, once", *_registrations(folder, keys)]
     lines += ["", *_node(folder, link, clients, keys)]
-    lines += ["", "# 4. The run, in the second terminal, when the nodes are connected; its records go to `out`"]
+    lines += ["", "# 4. The run, in the second terminal, when the nodes are connected"]
+    lines.append(f"# its records go to {_near(out.absolute())}")
     lines.append(commands.shown(commands.run(_near(app), _near(folder / "run.toml"))))
     return lines
 
@@ -90,7 +105,8 @@ def _node(folder: Path, link: Superlink, clients: int, keys: list[NodeKey]) -> l
     if clients > 1:
         others = "supernode 1" if clients == 2 else f"supernodes 1 to {clients - 1}"
         differs = ["its own FLWR_HOME and partition-id", *(["its own key"] if key else [])]
-        lines.append(f"# {others}: the same with {', '.join(differs)}, and --port {NODE_PORT + 1} on the same machine")
+        port = f"--port {NODE_PORT + 1}" if clients == 2 else f"its own --port, {NODE_PORT + 1} and so on,"
+        lines.append(f"# {others}: the same with {', '.join(differs)}, and {port} on the same machine")
     return lines
 
 

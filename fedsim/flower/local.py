@@ -26,7 +26,6 @@ from fedsim.flower.certificates import NodeKey, issue_node_key, issue_server
 from fedsim.flower.commands import Superlink
 from fedsim.flower.following import FollowedRun
 from fedsim.flower.processes import Process, Processes
-from fedsim.record import MARKER
 from fedsim.recording import is_complete
 
 HOST = "127.0.0.1"
@@ -202,7 +201,7 @@ class LocalFederation:
         following.look()
         if process.status != 0:
             raise _broken(process.died(), process)
-        if not is_complete(following.path):
+        if not (following.begun and is_complete(following.path)):
             self._blame(process)
 
     def _blame(self, process: Process) -> None:
@@ -233,10 +232,10 @@ class LocalFederation:
                 return run["status"], run["status-details"] or "no reason given"
         return "unknown", "the superlink does not know it"
 
-    def keep_logs(self, folder: Path) -> None:
-        """Copy what the processes have said to ``logs`` in ``folder``, if that is a run's."""
-        if (folder / MARKER).exists():
-            shutil.copytree(self.logs, folder / "logs", dirs_exist_ok=True)
+    def keep_logs(self, following: FollowedRun) -> None:
+        """Copy what the processes have said to ``logs`` in the run's directory, if the run has begun one."""
+        if following.begun:
+            shutil.copytree(self.logs, following.path / "logs", dirs_exist_ok=True)
 
 
 def _broken(why: str, process: Process) -> SimulationError:

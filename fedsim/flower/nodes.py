@@ -40,8 +40,8 @@ UNAVAILABLE = 5
 LOST = {3: "dropped", 4: "dropped", UNAVAILABLE: "interrupted"}
 """Why a task is lost, by Flower's code; for all other codes its client code has failed."""
 
-LONGEST_PAUSE = 1e9
-"""Seconds."""
+LONGEST_SECONDS = 1e9
+"""Of a pause, of a task's work and of a gradient: more makes no sense, and is no number of nanoseconds."""
 
 
 @dataclass
@@ -282,7 +282,7 @@ class Nodes(Pool):
             raise WireError(f"client {client} says it holds {said.samples} examples; allowed: 0 to {most}")
         if self._said.get(client, said.samples) != said.samples:
             raise WireError(f"client {client} held {self._said[client]} examples before, {said.samples} now")
-        if said.seconds_per_gradient < 0:
+        if not 0 <= said.seconds_per_gradient <= LONGEST_SECONDS:
             raise WireError(f"it measured {said.seconds_per_gradient} s per gradient")
         _check_intentions(said)
         if said.fedsim != __version__:
@@ -326,13 +326,13 @@ class Nodes(Pool):
                 raise WireError(f"it claims {report.steps} local steps")
         elif report.steps != work.steps:
             raise WireError(f"it claims {report.steps} local steps, {work.steps} were asked for")
-        if report.seconds < 0:
+        if not 0 <= report.seconds <= LONGEST_SECONDS:
             raise WireError(f"it claims to have taken {report.seconds} s")
         _check_intentions(report)
 
 
 def _check_intentions(said: Introduction | Report) -> None:
-    if not 0 <= said.pause <= LONGEST_PAUSE or not -1 <= said.next_steps <= MOST:
+    if not 0 <= said.pause <= LONGEST_SECONDS or not -1 <= said.next_steps <= MOST:
         raise WireError(f"a pause of {said.pause} s and {said.next_steps} steps make no sense")
 
 

@@ -100,7 +100,7 @@ class Processes:
         """
         log = self.folder / f"{name.replace(' ', '-')}.log"
         try:
-            with log.open("ab") as output:
+            with log.open("ab") as output, _later():  # what has been started must be known before we can be stopped
                 popen = subprocess.Popen(
                     list(command),
                     stdin=subprocess.DEVNULL,
@@ -110,11 +110,11 @@ class Processes:
                     cwd=folder,
                     start_new_session=True,
                 )
+                process = Process(name, popen, log)
+                self._sessions.add(popen.pid)
+                self.started.append(process)
         except OSError as error:
             raise SimulationError(f"{name}: cannot be started: {command[0]}: {error.strerror}") from None
-        process = Process(name, popen, log)
-        self._sessions.add(popen.pid)
-        self.started.append(process)
         return process
 
     def finish(self, process: Process, seconds: float) -> None:
@@ -217,6 +217,21 @@ def _deaf() -> Any:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _later() -> Any:
+    """Signals that come meanwhile act at the end of it."""
+    came: list[int] = []
+    heard = [each for each in ENDING if callable(signal.getsignal(each))] if _in_main_thread() else []
+    before = {each: signal.signal(each, lambda number, frame: came.append(number)) for each in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for missed in came:
+            signal.raise_signal(missed)
 
 
 @contextlib.contextmanager

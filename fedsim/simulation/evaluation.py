@@ -48,9 +48,10 @@ class Evaluation:
         self._clients_taken: tuple[int, int, int] | None = None
         self._per_client: tuple[tuple[int, int, int], Columns] | None = None
 
-    def leave(self) -> None:
-        """Evaluate nothing from now on: the strategy reports what it knows itself."""
-        self.every, self.due = 0, math.inf
+    def leave_off(self) -> int:
+        """Evaluate nothing from now on: somebody else writes the rows. Return how many rounds lay between them."""
+        every, self.every, self.due = self.every, 0, math.inf
+        return every
 
     def at_round(self, round: int) -> None:
         """The evaluation that is due in ``round``; the next one is due when ``every`` rounds have passed."""

@@ -127,8 +127,7 @@ class FlowerApp(Strategy):
     def start(self, fed: Federation) -> None:
         """Rows of metrics are what the app reports, when it does."""
         assert isinstance(fed, Simulation)
-        self._eval_every = fed.evaluation.every
-        fed.evaluation.leave()
+        self._eval_every = fed.evaluation.leave_off()
 
     def drive(self, fed: Federation, advance: Callable[[], bool]) -> None:
         """Call the server app; the run is over when it returns.
