@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from grids import IMAGES, deployed, grid_of
+from support import Given
 
 import fedsim
 from fedsim.assemble import Assembly
@@ -12,8 +14,6 @@ from fedsim.config import choices
 from fedsim.flower.configuration import read_run_config
 from fedsim.flower.keeping import Kept
 from fedsim.flower.messages import INTRODUCE, WORK
-from tests.grids import IMAGES, deployed, grid_of
-from tests.support import Given
 
 SAME = ["client", "job", "tag", "dispatched", "arrived", "version", "applied_version", "steps", "samples",
         "down_bytes", "up_bytes", "outcome"]  # fmt: skip

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from grids import deployed, grid_of
 
 from fedsim.checks import ConfigError, SimulationError
 from fedsim.flower.configuration import run_config
 from fedsim.flower.messages import WORK
-from tests.grids import deployed, grid_of
 
 
 def outcomes(run, client):

@@ -10,6 +10,8 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from grids import IMAGES, deployed, grid_of
+from support import Given
 
 from fedsim import report
 from fedsim.assemble import Assembly
@@ -17,8 +19,6 @@ from fedsim.checks import ConfigError, Interrupted, SimulationError
 from fedsim.flower.configuration import read_run_config, run_config
 from fedsim.progress import ended
 from fedsim.recording import is_complete
-from tests.grids import IMAGES, deployed, grid_of
-from tests.support import Given
 
 SPEEDS = (0.25, 0.5, 1.0)
 
@@ -122,7 +122,7 @@ def test_a_signal_stops_a_deployment_that_waits_for_nodes(tmp_path):
 def test_a_node_with_the_same_examples_of_its_own_gives_the_same_model(tmp_path):
     given = grid_of(tmp_path, *IMAGES, "strategy=scaffold_m")
     (tmp_path / "own").mkdir()
-    own = grid_of(tmp_path / "own", *IMAGES, "strategy=scaffold_m", loader="tests.own_data:examples")
+    own = grid_of(tmp_path / "own", *IMAGES, "strategy=scaffold_m", loader="own_data:examples")
     one, other = deployed(given), deployed(own)
     assert one.summary["samples"] == other.summary["samples"] > 0
     assert max(float((one.model[name] - other.model[name]).abs().max()) for name in one.model) <= 1e-6
@@ -131,11 +131,11 @@ def test_a_node_with_the_same_examples_of_its_own_gives_the_same_model(tmp_path)
 @pytest.mark.parametrize(
     ("loader", "said"),
     [
-        ("tests.own_data", "loader=tests.own_data: must be package.module:function"),
-        ("tests.own_data:nobody", "loader=tests.own_data.nobody: tests.own_data has no 'nobody'"),
-        ("tests.own_data:nothing", "gave a NoneType, must give a fedsim Dataset or Problem"),
-        ("tests.own_data:examples", "gave a Dataset, which LeastSquares does not learn"),
-        ("tests.own_data:problem", "all examples of its Problem must be client"),
+        ("own_data", "loader=own_data: must be package.module:function"),
+        ("own_data:nobody", "loader=own_data.nobody: own_data has no 'nobody'"),
+        ("own_data:nothing", "gave a NoneType, must give a fedsim Dataset or Problem"),
+        ("own_data:examples", "gave a Dataset, which LeastSquares does not learn"),
+        ("own_data:problem", "all examples of its Problem must be client"),
     ],
 )
 def test_a_loader_that_does_not_load_is_said_in_one_line(tmp_path, loader, said):
@@ -147,7 +147,7 @@ def test_a_loader_that_does_not_load_is_said_in_one_line(tmp_path, loader, said)
 
 
 def test_a_node_with_data_of_its_own_may_not_claim_more_than_is_allowed(tmp_path):
-    grid = grid_of(tmp_path, *IMAGES, "rounds=1", loader="tests.own_data:examples", most_samples=1000, wait_seconds=1.0)
+    grid = grid_of(tmp_path, *IMAGES, "rounds=1", loader="own_data:examples", most_samples=1000, wait_seconds=1.0)
     with pytest.raises(SimulationError, match=r"client 0 says it holds 1960 examples; allowed: 0 to 1000"):
         deployed(grid)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, RecordDict
+from grids import carried, deployed, grid_of
 
 from fedsim.flower import node
 from fedsim.flower.devices import real_devices
@@ -15,7 +16,6 @@ from fedsim.flower.messages import INTRODUCE, WORK, Order, WireError, arrays, te
 from fedsim.local import TensorSpec
 from fedsim.rng import Randomness
 from fedsim.simulation import engine
-from tests.grids import carried, deployed, grid_of
 
 
 def changed(record, **values):
