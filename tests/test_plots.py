@@ -285,7 +285,7 @@ def test_command_writes_png_and_pdf_where_the_run_is(folder: Path, capsys: pytes
         (["timeline", "server", "--metric", "loss"], "metric=loss: the figure timeline shows none; leave it out"),
         (["time", "server", "--width", "0"], "width=0.0: must be a number >= 1.5"),
         (["partition", "server"], "has no classes"),
-        (["time", "nowhere"], "nowhere: no such directory"),
+        (["time", "nowhere"], "fedsim: nowhere: no such directory"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line_and_leaves_nothing(
