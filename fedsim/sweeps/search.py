@@ -177,15 +177,13 @@ class Trials:
             self.running.index.add(name, values, choices, "complete" if state == COMPLETE else "waiting")
             if state != COMPLETE:
                 self.running.start(Member(name, values, choices, state))
-        if self.running.interrupted:
-            raise Interrupted("interrupted", self.running.interrupted)
+        self.running.heed()
         return Pending(self, name)
 
     def value(self, name: str) -> float:
         """Wait for a trial and judge it."""
         status = self.running.wait_for(name)
-        if self.running.interrupted:
-            raise Interrupted("interrupted", self.running.interrupted)
+        self.running.heed()
         if name not in self.values:
             worth = self.objective.worst if status else self.objective.value(self.running.folder / name)
             self.values[name] = worth
