@@ -116,6 +116,11 @@ def test_a_late_result_is_drawn_whole_and_crossed_out_and_a_wait_is_no_upload() 
     assert timeline.server_versions(run).tolist() == [10.0]
 
 
+def test_everything_on_the_timeline_is_in_its_legend(buffered: list[RunRecord]) -> None:
+    labels = {str(handle.get_label()) for handle in timeline.legend([plots.client_timeline(buffered[0])])}
+    assert labels >= {"download", "compute", "upload", "idle", "lost", "version"}
+
+
 def test_versions_on_the_timeline_are_as_many_as_the_server_made(buffered: list[RunRecord]) -> None:
     times = timeline.server_versions(buffered[0])
     assert len(times) == buffered[0].column("version")[-1]
