@@ -51,6 +51,14 @@ def test_search_finds_the_best_of_its_trials_and_the_same_command_runs_none_agai
     assert pd.read_parquet("tried/index.parquet")["objective"].tolist() == worth
 
 
+def test_there_is_no_best_of_trials_that_never_reach_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "-m", *QUICK, OPTUNA[0], "hydra.sweeper.n_trials=1", "target=1e-9", "local.lr=choice(0.01,0.02)"]
+    assert main([*command, "out=tried"]) == 0
+    said = capsys.readouterr().out
+    assert "best: none, no trial came to anything" in said
+    assert "inf" not in said
+
+
 def test_an_interrupted_search_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,6 +199,9 @@ class Trials:
         if self.values:
             pick = max if self.objective.direction == "maximize" else min
             best = pick(self.values, key=lambda name: self.values[name])
+            if not math.isfinite(self.values[best]):  # there is no best among those that all came to nothing
+                print("best: none, no trial came to anything")
+                return 1 if failed else 0
             print(f"best: {self.about[best]}, {self.values[best]:.6g} ({folder / best})")
         return 1 if failed else 0
 
