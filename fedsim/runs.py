@@ -217,7 +217,7 @@ def _find(directories: Iterable[str | os.PathLike[str]]) -> tuple[list[Path], li
     unfinished: dict[Path, Path] = {}
     for directory in directories:
         if not os.path.isdir(directory):
-            raise ConfigError(f"report {os.fspath(directory)}: no such directory")
+            raise ConfigError(f"{os.fspath(directory)}: no such directory")
         for folder, below, files in os.walk(directory):
             # Hydra keeps a config.yaml in .hydra, which is no run; tables and checkpoints hold none either.
             below[:] = sorted(name for name in below if not name.startswith(".") and not name.endswith(".parquet"))

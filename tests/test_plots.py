@@ -116,6 +116,11 @@ def test_a_late_result_is_drawn_whole_and_crossed_out_and_a_wait_is_no_upload() 
     assert timeline.server_versions(run).tolist() == [10.0]
 
 
+def test_everything_on_the_timeline_is_in_its_legend(buffered: list[RunRecord]) -> None:
+    labels = {str(handle.get_label()) for handle in timeline.legend([plots.client_timeline(buffered[0])])}
+    assert labels >= {"download", "compute", "upload", "idle", "lost", "version"}
+
+
 def test_versions_on_the_timeline_are_as_many_as_the_server_made(buffered: list[RunRecord]) -> None:
     times = timeline.server_versions(buffered[0])
     assert len(times) == buffered[0].column("version")[-1]
@@ -285,7 +290,7 @@ def test_command_writes_png_and_pdf_where_the_run_is(folder: Path, capsys: pytes
         (["timeline", "server", "--metric", "loss"], "metric=loss: the figure timeline shows none; leave it out"),
         (["time", "server", "--width", "0"], "width=0.0: must be a number >= 1.5"),
         (["partition", "server"], "has no classes"),
-        (["time", "nowhere"], "nowhere: no such directory"),
+        (["time", "nowhere"], "fedsim: nowhere: no such directory"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line_and_leaves_nothing(

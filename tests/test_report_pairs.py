@@ -104,6 +104,21 @@ def test_a_strategy_is_the_baseline_of_groups_that_agree_in_all_else(tmp_path: P
         report.partners(groups, "fedagv")
 
 
+def test_what_cannot_be_held_against_the_baseline_is_told(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", seed=1, partition={"alpha": 1})
+    write_run(tmp_path / "b", seed=2, partition={"alpha": 1}, strategy=FEDBUFF)
+    write_run(tmp_path / "c", seed=1, partition={"alpha": 7}, strategy=FEDBUFF)
+    write_run(tmp_path / "d", seed=1, partition={"alpha": 8})
+    groups = groups_of(tmp_path)
+    no_seed, no_partner = report.unpaired(groups, "fedavg")
+    assert no_seed.startswith("group fedbuff, partition.alpha=1: has no seed in common with fedavg, partition.alpha=1")
+    assert no_partner.startswith("group fedbuff, partition.alpha=7: no fedavg agrees with it in all else")
+    only = {"fedavg": groups["fedavg, partition.alpha=1"]}
+    assert report.unpaired(only, "fedavg") == ["baseline=fedavg: there is no other group beside it"]
+    paired = {**only, "fedbuff": groups["fedbuff, partition.alpha=7"]}
+    assert report.unpaired(paired, "fedavg") == []
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_differences_are_in_the_table_and_in_the_csv(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["report", str(sweep), "--baseline", "fedavg", "--target", "0.5"]
@@ -244,6 +259,7 @@ def test_page_shows_warnings_and_escapes_what_it_shows(tmp_path: Path) -> None:
     write_run(tmp_path / "c", seed=0, strategy=FEDBUFF)
     assert main(["report", str(tmp_path), "--html"]) == 0
     text = (tmp_path / "report.html").read_text()
+    assert text.count(" · fedbuff</") == 2  # title and heading: labels have commas in them
     assert not re.search(ELSEWHERE, text)
     page = Page(text)
     assert "Warnings" in page.words

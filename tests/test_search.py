@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from fedsim.checks import ConfigError
 from fedsim.cli import main
 from fedsim.config import swept_values
 from fedsim.sweeps import search
+from fedsim.sweeps.processes import Sweep
 from fedsim.sweeps.search import Objective
 
 pytest.importorskip("optuna")
@@ -47,6 +49,23 @@ def test_search_finds_the_best_of_its_trials_and_the_same_command_runs_none_agai
     assert main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in folder.glob("tried/*/manifest.json")} == before
     assert pd.read_parquet("tried/index.parquet")["objective"].tolist() == worth
+
+
+def test_there_is_no_best_of_trials_that_never_reach_the_target(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "-m", *QUICK, OPTUNA[0], "hydra.sweeper.n_trials=1", "target=1e-9", "local.lr=choice(0.01,0.02)"]
+    assert main([*command, "out=tried"]) == 0
+    said = capsys.readouterr().out
+    assert "best: none, no trial came to anything" in said
+    assert "inf" not in said
+
+
+def test_an_interrupted_search_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Sweep, "start", lambda sweep, member: sweep._stop(signal.SIGINT, None))
+    command = ["run", "-m", *QUICK, *OPTUNA, "local.lr=interval(0.01,0.5)", "out=tried"]
+    assert main(command) == 128 + signal.SIGINT
+    assert "interrupted; go on with the same command and out=tried" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from rich.console import Console
 from fedsim.cli import main
 from fedsim.config import compose_run
 from fedsim.sweeps.index import Index
-from fedsim.sweeps.screen import Screen, time_left
+from fedsim.sweeps.screen import Screen, shortened, time_left
 
 QUICK = ["problem=quadratic", "clients=8", "cohort=2", "rounds=2"]
 
@@ -114,6 +115,33 @@ def test_screen_counts_what_is_done_running_failed_and_waiting() -> None:
     shown = stream.getvalue()
     assert "12.0 s · round 3" in shown
     assert "50%" in shown  # of both a and the whole: 2.5 of 5
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_screen_says_what_counts_whatever_the_width(width: int) -> None:
+    stream = io.StringIO()
+    names = [f"fedcompass_dirichlet_alpha0.1_lr0.05_seed{seed}" for seed in range(20)]
+    with Screen("compass_2026-11-22", 200, Console(file=stream, force_terminal=True, width=width, height=40)) as screen:
+        for name in names:
+            screen.began(name)
+        for name in names[:10]:
+            screen.ended(name, well=name < names[5])
+        for name in names[10:]:
+            screen.progressed(name, 0.37, "12.3 min · round 37 · 1480 updates · staleness 3.2 · accuracy 0.8123")
+        stream.truncate(0)
+        screen._progress.refresh()
+        line = screen.line().replace("[red]", "").replace("[/red]", "").rpartition(" · about ")[0]
+    shown = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).split())
+    assert line in shown
+    assert re.search(r" · about [\d.]+ \w+ left", shown)
+    for name in names[10:]:  # by what tells it from the others, and how far it is
+        assert re.search(f"{name[-6:]} .*?37% 12.3 min · round", shown), name
+
+
+def test_long_names_lose_their_middle() -> None:
+    assert shortened("fedavg_seed1", 12) == "fedavg_seed1"
+    assert shortened("fedavg_lr0.05_seed1", 13) == "feda…05_seed1"
+    assert len(shortened("a" * 99, 16)) == 16
 
 
 def test_screen_is_quiet_in_a_pipe() -> None:

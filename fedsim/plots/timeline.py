@@ -78,7 +78,8 @@ def legend(panels: Iterable[Axes]) -> list[Patch | Line2D]:
     drawn = {bars.get_label() for panel in panels for bars in panel.collections if bars.get_paths()}
     patches: list[Patch | Line2D] = [Patch(color=STAGES[stage], label=stage) for stage in STAGES if stage in drawn]
     cross = Line2D([], [], color=LOST, marker="x", linestyle="none", markersize=4, markeredgewidth=1.3, label="lost")
-    return [*patches, Patch(color=IDLE, label="idle"), cross]
+    version = Line2D([], [], color=GREY, marker="|", linestyle="none", markersize=6, label="version")
+    return [*patches, Patch(color=IDLE, label="idle"), cross, version]
 
 
 def segments(run: RunRecord) -> pd.DataFrame:

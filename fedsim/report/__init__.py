@@ -6,7 +6,7 @@
 
 from fedsim.report.command import main
 from fedsim.report.questions import Groups, Question, ask, best_row, first_reaching
-from fedsim.report.summaries import Findings, Paired, Row, find, paired, partners, summarise
+from fedsim.report.summaries import Findings, Paired, Row, find, paired, partners, summarise, unpaired
 from fedsim.report.tables import as_csv, as_markdown, cells, headings, sheets, title
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "sheets",
     "summarise",
     "title",
+    "unpaired",
 ]

@@ -14,7 +14,7 @@ from fedsim import plots
 from fedsim.checks import ConfigError, FedsimError, number, one_of
 from fedsim.plots.style import save_all
 from fedsim.report.questions import ask
-from fedsim.report.summaries import find
+from fedsim.report.summaries import find, unpaired
 from fedsim.report.tables import as_csv, as_markdown, print_rich, printable, sheets
 from fedsim.runs import common_folder, group, load, readable, say
 
@@ -65,6 +65,8 @@ def main(
     first = ask(groups, metric=metric, target=levels[0])
     rest = [replace(first, target=number("target", level)) for level in levels[1:]]
     findings = find(groups, [first, *rest], baseline)
+    for line in [] if baseline is None else unpaired(groups, baseline):
+        warn(line)
     tables = sheets(findings)
     if format == "rich":
         print_rich(tables)

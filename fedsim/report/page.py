@@ -22,6 +22,8 @@ WIDTH = 5.5
 DPI = 200
 PANELS = 9
 """Most groups in a figure that has a panel for each."""
+NAMED = 4
+"""Most groups that are named in the heading."""
 
 STYLE = """
 :root { color-scheme: light; }
@@ -57,7 +59,9 @@ def page(findings: Findings, tables: Sequence[Sheet], notes: Sequence[str], over
     groups = findings.groups
     runs = [run for members in groups.values() for run in members]
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''} in {len(groups)} group{'s' if len(groups) > 1 else ''}"
-    body = [f"<h1>{escape(', '.join(groups))}</h1>", f'<p class="quiet">{count}; fedsim {escape(__version__)}</p>']
+    # Labels have commas in them; a heading of more than a few would be a page by itself.
+    name = " · ".join(groups) if len(groups) <= NAMED else f"{len(groups)} groups"
+    body = [f"<h1>{escape(name)}</h1>", f'<p class="quiet">{count}; fedsim {escape(__version__)}</p>']
     if notes:
         body += [
             "<h2>Warnings</h2>",
@@ -75,7 +79,7 @@ def page(findings: Findings, tables: Sequence[Sheet], notes: Sequence[str], over
     else:
         body.append("<p>There is one group: its runs differ in nothing but the seed.</p>")
     body += ["<h2>Runs</h2>", _runs(groups.items())]
-    head = f'<meta charset="utf-8"><title>fedsim report: {escape(", ".join(groups))}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8"><title>fedsim report: {escape(name)}</title><style>{STYLE}</style>'
     viewport = '<meta name="viewport" content="width=device-width, initial-scale=1">'
     inner = "\n".join(body)
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}{viewport}</head>\n<body>\n{inner}\n</body>\n</html>\n'

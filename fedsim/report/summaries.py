@@ -111,6 +111,23 @@ def partners(groups: Groups, baseline: str) -> dict[str, str]:
     return found
 
 
+def unpaired(groups: Groups, baseline: str) -> list[str]:
+    """A line for every group that cannot be held against the baseline, and why; as :func:`partners` raises."""
+    beside = partners(groups, baseline)
+    lines = []
+    for label, other in beside.items():
+        if not {run.seed for run in groups[label]} & {run.seed for run in groups[other]}:
+            lines.append(f"group {label}: has no seed in common with {other}, so there are no differences")
+    if baseline not in groups:
+        held = {*beside, *beside.values()}
+        named = {label for label, parts in distinctions(groups).items() if parts.get("strategy") == baseline}
+        lone = [label for label in groups if label not in held | named]
+        lines += [
+            f"group {label}: no {baseline} agrees with it in all else, so there are no differences" for label in lone
+        ]
+    return lines or ([] if beside else [f"baseline={baseline}: there is no other group beside it"])
+
+
 def _besides_strategy(parts: dict[str, str]) -> dict[str, str]:
     return {key: shown for key, shown in parts.items() if key.partition(".")[0] != "strategy"}
 

@@ -61,6 +61,7 @@ def sweep(overrides: Sequence[str], jobs: int | None) -> int:
             """Hydra's task function: starts one member as soon as there is room for it."""
             from hydra.core.hydra_config import HydraConfig
 
+            running.heed()  # else Hydra would compose all the others before it ends
             job = HydraConfig.get()
             number = int(job.job.num)
             if states[number] != COMPLETE:

@@ -68,7 +68,8 @@ class Sweep:
         self._screen.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        """Wait for those that run; what :meth:`heed` raised ends here, once they have saved themselves."""
         try:
             while self._running:
                 self._wait()
@@ -78,13 +79,22 @@ class Sweep:
             self._screen.__exit__()
             if self.folder.is_dir():
                 self.index.write()
+        return kind is not None and issubclass(kind, Interrupted)
+
+    def heed(self) -> None:
+        """Raise :class:`Interrupted`, to begin nothing more, if the sweep has been told to stop."""
+        if self.interrupted:
+            raise Interrupted("interrupted", self.interrupted)
 
     def start(self, member: Member) -> None:
-        """Begin a member as soon as there is room for it, unless the sweep has been told to stop."""
+        """Begin a member as soon as there is room for it.
+
+        Raises:
+            Interrupted: if the sweep has been told to stop.
+        """
         while len(self._running) >= self.jobs:
             self._wait()
-        if self.interrupted:
-            return
+        self.heed()
         values = {**member.config, "out": str(self.folder / member.name)}
         if member.state == AFRESH:
             values["overwrite"] = True

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.progress import Progress, Task, TaskID
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from fedsim.progress import seconds
+
+BAR = 12
+"""Characters of a bar."""
+WIDE = 100
+"""Characters of a terminal from which on there are bars; a narrower one has better use for the room."""
+NARROWEST_NAME = 16
 
 
 class Screen:
@@ -32,16 +42,10 @@ class Screen:
 
     def __enter__(self) -> Screen:
         if self.shown:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=12),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[state]}"),
-            )
             # What goes to a file or to another program must not end up on the terminal.
             beside = sys.stdout.isatty()
-            self._progress = Progress(*columns, console=self.console, transient=True, redirect_stdout=beside)
-            self._whole = self._progress.add_task(f"[bold]{escape(self.title)}", total=1.0, state=self.line())
+            self._progress = _Lines(console=self.console, transient=True, redirect_stdout=beside)
+            self._whole = self._progress.add_task(self.title, total=1.0, state=self.line())
             self._progress.start()
         return self
 
@@ -53,7 +57,7 @@ class Screen:
         """A member runs."""
         self._shares[name] = 0.0
         if self.shown:
-            self._tasks[name] = self._progress.add_task(f"  {escape(name)}", total=1.0, state="starting")
+            self._tasks[name] = self._progress.add_task(name, total=1.0, state="starting")
             self._update()
 
     def progressed(self, name: str, share: float, state: str) -> None:
@@ -84,6 +88,46 @@ class Screen:
     def _update(self) -> None:
         share = (self.done + self.failed + sum(self._shares.values())) / self.total
         self._progress.update(self._whole, completed=share, state=self.line())
+
+
+class _Lines(Progress):
+    """The first task is the whole, which is never cut; the others have a line each, whatever the terminal's width."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """What is shown now."""
+        tasks = self.tasks
+        if tasks:
+            whole, *members = tasks
+            title = f"[bold]{escape(whole.description)}[/bold]"
+            yield Text.from_markup(f"{title} {_percent(whole)} · {whole.fields['state']}")
+            yield self._table(members)
+
+    def _table(self, members: Sequence[Task]) -> Table:
+        width = self.console.width
+        name = min(max((len(task.description) for task in members), default=0), max(NARROWEST_NAME, width // 3))
+        table = Table.grid(padding=(0, 1), expand=True)
+        table.add_column(width=name + 2, no_wrap=True)
+        if width >= WIDE:
+            table.add_column(width=BAR)
+        table.add_column(width=4, justify="right", no_wrap=True)
+        table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        for task in members:
+            bar = [ProgressBar(total=1.0, completed=task.completed, width=BAR)] if width >= WIDE else []
+            text = Text(f"  {shortened(task.description, name)}", style="progress.description")
+            table.add_row(text, *bar, _percent(task), Text.from_markup(task.fields["state"]))
+        return table
+
+
+def _percent(task: Task) -> str:
+    return f"{task.percentage:.0f}%"
+
+
+def shortened(name: str, most: int) -> str:
+    """A name in at most so many characters, without its middle: what tells members apart is mostly at its end."""
+    if len(name) <= most:
+        return name
+    head = (most - 1) // 3
+    return f"{name[:head]}…{name[head + 1 - most :]}"
 
 
 def time_left(elapsed: float, done: float, total: float) -> float | None:

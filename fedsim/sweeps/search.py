@@ -177,15 +177,13 @@ class Trials:
             self.running.index.add(name, values, choices, "complete" if state == COMPLETE else "waiting")
             if state != COMPLETE:
                 self.running.start(Member(name, values, choices, state))
-        if self.running.interrupted:
-            raise Interrupted("interrupted", self.running.interrupted)
+        self.running.heed()
         return Pending(self, name)
 
     def value(self, name: str) -> float:
         """Wait for a trial and judge it."""
         status = self.running.wait_for(name)
-        if self.running.interrupted:
-            raise Interrupted("interrupted", self.running.interrupted)
+        self.running.heed()
         if name not in self.values:
             worth = self.objective.worst if status else self.objective.value(self.running.folder / name)
             self.values[name] = worth
@@ -201,6 +199,9 @@ class Trials:
         if self.values:
             pick = max if self.objective.direction == "maximize" else min
             best = pick(self.values, key=lambda name: self.values[name])
+            if not math.isfinite(self.values[best]):  # there is no best among those that all came to nothing
+                print("best: none, no trial came to anything")
+                return 1 if failed else 0
             print(f"best: {self.about[best]}, {self.values[best]:.6g} ({folder / best})")
         return 1 if failed else 0
 
