@@ -7,7 +7,7 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
-FIRST = ("test_quality.py", "test_wheel.py")
+FIRST = ("test_quality.py", "test_wheel.py", "test_readme.py", "test_deploy_real.py", "test_notebooks.py")
 """Two processes share the tests, and what takes longest must not begin last."""
 
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -196,7 +196,7 @@ def test_every_command_shown_runs_as_it_stands_one_after_the_other(own_parts: Pa
     shutil.rmtree(resume.split()[1])
     stopped_run(resume.split()[1])
     run_all([command.replace(CLUSTER, cluster) for command in after], own_parts)
-    runs = [command for command in commands if re.match(r"run (?!.*--help)(?!-m)", command)]
+    runs = [command for command in commands if re.match(r"run(?!.* --help)(?! -m)", command)]
     made = [path.parent for path in own_parts.glob("runs/*/manifest.json")]
     assert len(made) == len(runs)
     assert all(len(pd.read_parquet(path / "events.parquet")) for path in made)
