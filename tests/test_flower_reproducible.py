@@ -168,7 +168,9 @@ def test_seeds_are_lent_and_given_back_when_code_raises():
 # ---- what is touched of Flower beside its public interface -----------------------------------------
 
 
-def test_flower_keeps_ids_where_we_set_them():
+def test_flower_keeps_ids_where_we_set_them(monkeypatch):
+    for name in ("_task_id", "_run_id", "_node_id"):  # grids of other tests may have set them
+        monkeypatch.setattr(TaskIdentity, name, None)
     with pytest.raises(RuntimeError, match="not set"):
         to(0)
     with internals.server_identity():
