@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -121,18 +122,14 @@ class LiveProgress:
 
 def done(sim: Simulation) -> float:
     """The share of the run that is over, by the limit that is nearest."""
-    limits = sim.limits
-    shares = [
-        reached / limit
-        for reached, limit in (
-            (sim.round, limits.rounds),
-            (sim.now, limits.time_limit),
-            (sim.updates, limits.updates),
-            (sim.tasks.traffic.down + sim.tasks.traffic.up, limits.bytes),
-        )
-        if limit is not None
-    ]
-    return min(1.0, max(shares))
+    moved = sim.tasks.traffic.down + sim.tasks.traffic.up
+    reached = {"rounds": sim.round, "time_limit": sim.now, "updates": sim.updates, "bytes": moved}
+    return share(reached, vars(sim.limits))
+
+
+def share(reached: Mapping[str, float], limits: Mapping[str, Any]) -> float:
+    """How much of a run is over, from 0 to 1, by the limit that is nearest; limits that are not set are None."""
+    return min(1.0, max((reached[key] / limits[key] for key in reached if limits.get(key)), default=0.0))
 
 
 def state(sim: Simulation) -> str:

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.checks import FedsimError
-from fedsim.progress import headline, seconds
+from fedsim.progress import headline, seconds, share
 from fedsim.record import MARKER
 
 LOUD = (" WARNING ", " ERROR ")
 """What marks the lines of ``run.log`` that are passed on."""
-
-LIMITS = {"rounds": "round", "time_limit": "time", "updates": "updates"}
-"""Limits of a run and the columns of ``metrics`` that come nearer to them."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,9 @@ def _marker(path: Path) -> tuple[int, int] | None:
 
 def done(row: Mapping[str, Any], config: Mapping[str, Any]) -> float:
     """The share of a run that is over, by the limit that is nearest; from a row of ``metrics``."""
-    shares = [row[column] / config[key] for key, column in LIMITS.items() if config.get(key)]
-    return min(1.0, max(shares, default=0.0))
+    moved = row["down_bytes"] + row["up_bytes"]
+    reached = {"rounds": row["round"], "time_limit": row["time"], "updates": row["updates"], "bytes": moved}
+    return share(reached, config)
 
 
 def state(row: Mapping[str, Any]) -> str:
