@@ -36,7 +36,7 @@ def identify(
         config: the resolved configuration.
         labels: the choice made in each group; empty for runs put together in Python.
         parts: the objects of the run, whose code counts.
-        execution: what of its execution shows in the bits: nothing on a CPU, on a GPU device and group.
+        execution: what of its execution shows in the bits: the kernel on a CPU, device and group on a GPU.
     """
     parts = list(parts)
     return {
@@ -92,6 +92,7 @@ def _own_code() -> bytes:
     # Strategies lie beside the package in a checkout, and inside it once installed; so do the configurations.
     strategies = package / "strategies" if (package / "strategies").is_dir() else package.parent / "strategies"
     files = {path.relative_to(package).as_posix(): path for path in package.rglob("*.py") if path.parent.name != "conf"}
+    files |= {path.relative_to(package).as_posix(): path for path in package.glob("training/native/*.[ch]")}
     files |= {f"strategies/{path.name}": path for path in strategies.glob("*.py")}
     total = hashlib.sha256()
     for name, path in sorted(files.items()):

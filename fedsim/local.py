@@ -30,6 +30,19 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
 
+class Extras(NamedTuple):
+    """What goes into a step of :class:`LocalSGD` beside the gradient."""
+
+    clip: float | None = None
+    weight_decay: float = 0.0
+    prox: float = 0.0
+    momentum: float = 0.0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return self != Extras()
+
+
 class Context(ABC):
     """What a local rule can see and use.
 
@@ -96,6 +109,24 @@ class Context(ABC):
         """``x <- x - lr * grad(x, batch)`` in place: a plain step, which need not make the gradient to take it."""
         k = self.running
         x[:k].addcmul_(self.lr[:k], self.grad(x, batch)[:k], value=-1.0)
+
+    def descend_all(self, x: Tensor, extras: Extras) -> Tensor | None:
+        """The end ``[n, d]`` of all steps of :class:`LocalSGD` from ``x`` on, which may be written to.
+
+        None, and ``x`` as it was, if they have to be made one by one.
+        """
+        if extras:
+            return None
+        for batch in self.batches():
+            self.descend(x, batch)
+        return x
+
+    def update(self, extras: Extras) -> Tensor | None:
+        """A new ``[n, d]``: how far all steps of :class:`LocalSGD` lead away from ``start``.
+
+        None if there is no faster way to it than :meth:`point`, the steps, and :meth:`change`.
+        """
+        return None
 
 
 MOST = 10**9
@@ -235,21 +266,23 @@ class LocalSGD:
 
     def run(self, ctx: Context) -> dict[str, Tensor]:
         """Train the stack and return what travels up, each tensor ``[n, ...]``."""
+        extras = Extras(self.clip, self.weight_decay, self.prox, self.momentum)
+        own = self.gradient is not None or self._has_own("direction")
+        if not (own or self.keep or self._has_own("origin", "begin", "finish")) and self.sends == "delta":
+            update = ctx.update(extras)
+            if update is not None:
+                return {"delta": update}
         x = self.origin(ctx)
         self.begin(ctx)
-        if self._is_plain():
-            for batch in ctx.batches():
-                ctx.descend(x, batch)
-        else:
-            x = self._along_direction(ctx, x)
+        end = None if own else ctx.descend_all(x, extras)
+        x = self._along_direction(ctx, x) if end is None else end
         if self.keep:
             ctx.state["own"] = x
         return self.finish(ctx, x)
 
-    def _is_plain(self) -> bool:
-        """Whether a step is nothing but ``x - lr * gradient``."""
-        own = type(self).direction is not LocalSGD.direction or self.gradient is not None
-        return not (own or self.clip is not None or self.weight_decay or self.prox or self.momentum)
+    def _has_own(self, *hooks: str) -> bool:
+        """Whether a subclass does one of these its own way."""
+        return any(getattr(type(self), name) is not getattr(LocalSGD, name) for name in hooks)
 
     def _along_direction(self, ctx: Context, x: Tensor) -> Tensor:
         """The end of the way from ``x [n, d]`` along :meth:`direction`, with all that goes into a step."""

@@ -300,6 +300,8 @@ def _made_by(run: RunRecord) -> dict[str, Any]:
     plain = {name: manifest[name] for name in ("fedsim", "python", "machine") if name in manifest}
     made = plain | (dict(versions) if isinstance(versions, Mapping) else {})
     made["instruction set"] = manifest.get("instruction_set")
+    execution = manifest.get("execution")
+    made["kernel"] = execution.get("kernel") if isinstance(execution, Mapping) else None
     return made | ({"code": str(manifest["code_sha256"])[:8]} if "code_sha256" in manifest else {})
 
 

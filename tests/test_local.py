@@ -334,14 +334,14 @@ def test_every_epoch_sees_each_example_once(samples: int, size: int | None, epoc
 
 
 def test_batches_are_keyed_by_client_task_and_epoch() -> None:
-    rule = LocalSGD(batch_size=50)
+    rule = LocalSGD(batch_size=25)
     orders = [batches(rule, 50, 2, client, nth) for client, nth in ((0, 0), (0, 1), (1, 0), (1, 1))]
     drawn = {tuple(order) for task in orders for order in task}
     assert len(drawn) == 8
     assert batches(rule, 50, 2, 1, 0) == orders[2]
     assert batches(rule, 50, 1, 1, 0) == orders[2][:1]  # more steps begin with the same ones
     assert [torch.tensor(order).tolist() for order in orders[1]] == [
-        each.tolist() for each in batches_of(0, 1, 50, 50, 2)
+        each.tolist() for each in batches_of(0, 1, 50, 25, 2)
     ]
 
 

@@ -21,9 +21,18 @@ from fedsim.problems.models import Logistic, Mlp
 from fedsim.rng import Randomness
 from fedsim.training import GeneralTrainer, Result, StackedTrainer, Work, batches, closed_form, trainer_for
 from fedsim.training.batches import StackBatches, padded_size
+from fedsim.training.native import instruction_sets
 from fedsim.vectors import Layout
 
 RANDOM = Randomness(5)
+
+
+KERNELS = ["torch", "native"] if instruction_sets() else ["torch"]
+each_kernel = pytest.mark.parametrize("kernel", KERNELS)
+
+
+def stacked(made: fedsim.Problem, rule: fedsim.LocalSGD, kernel: str) -> StackedTrainer:
+    return StackedTrainer(made, {"train": rule}, RANDOM, kernel=kernel)
 
 
 class Given(Partition):
@@ -62,8 +71,10 @@ def works(made: fedsim.Problem, steps: Sequence[int], lr: float = 0.1, **tensors
     ]
 
 
-def both(made: fedsim.Problem, rule: fedsim.LocalSGD, todo: Sequence[Work]) -> tuple[list[Result], list[Result]]:
-    trainers = (StackedTrainer(made, {"train": rule}, RANDOM), GeneralTrainer(made, {"train": rule}, RANDOM))
+def both(
+    made: fedsim.Problem, rule: fedsim.LocalSGD, todo: Sequence[Work], kernel: str
+) -> tuple[list[Result], list[Result]]:
+    trainers = (stacked(made, rule, kernel), GeneralTrainer(made, {"train": rule}, RANDOM))
     results = [trainer.train(todo) for trainer in trainers]
     for one in (*results[0], *results[1]):
         if one.error is not None:
@@ -71,8 +82,10 @@ def both(made: fedsim.Problem, rule: fedsim.LocalSGD, todo: Sequence[Work]) -> t
     return results[0], results[1]
 
 
-def assert_close(made: fedsim.Problem, rule: fedsim.LocalSGD, todo: Sequence[Work], tolerance: float = 1e-5) -> None:
-    for fast, slow in zip(*both(made, rule, todo), strict=True):
+def assert_close(
+    made: fedsim.Problem, rule: fedsim.LocalSGD, todo: Sequence[Work], kernel: str, tolerance: float = 1e-5
+) -> None:
+    for fast, slow in zip(*both(made, rule, todo, kernel), strict=True):
         assert fast.payload.keys() == slow.payload.keys()
         assert fast.state.keys() == slow.state.keys()
         for name, tensor in {**slow.payload, **slow.state}.items():
@@ -93,10 +106,11 @@ def assert_close(made: fedsim.Problem, rule: fedsim.LocalSGD, todo: Sequence[Wor
     batch_size=st.one_of(st.none(), st.integers(1, 17)),
     steps=st.lists(st.integers(0, 4), min_size=9, max_size=9),
     double=st.booleans(),
+    kernel=st.sampled_from(KERNELS),
 )
 def test_steps_are_those_of_autograd_for_any_shape_batch_and_mask(
     sizes: list[int], widths: list[int], activation: type[nn.Module], bias: bool, batch_size: int | None,
-    steps: list[int], double: bool,
+    steps: list[int], double: bool, kernel: str,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -107,14 +121,14 @@ def test_steps_are_those_of_autograd_for_any_shape_batch_and_mask(
     made = problem(sizes, model.to(dtype), dtype=torch.float32)
     assert made.chain() is not None
     rule = fedsim.LocalSGD(lr=0.1, batch_size=batch_size)
-    assert_close(made, rule, works(made, steps[: len(sizes)]), 1e-12 if double else 1e-5)
+    assert_close(made, rule, works(made, steps[: len(sizes)]), kernel, 1e-12 if double else 1e-5)
 
 
 def test_half_precision_chains_are_chains_like_others() -> None:
     made = problem(SIZES, nn.Sequential(nn.Linear(7, 4)).to(torch.bfloat16))
     rule = fedsim.LocalSGD(lr=0.1, batch_size=5)
-    assert_close(made, rule, works(made, STEPS), 0.05)  # eight bits of mantissa, up to eight steps
-    trainer = StackedTrainer(made, {"train": rule}, RANDOM)
+    assert_close(made, rule, works(made, STEPS), "native", 0.05)  # eight bits of mantissa, up to eight steps
+    trainer = stacked(made, rule, "native")
     whole, alone = trainer.train(works(made, STEPS)), [trainer.train([each])[0] for each in works(made, STEPS)]
     assert all(map(torch.equal, vectors(alone), vectors(whole)))
 
@@ -157,10 +171,11 @@ SIZES, STEPS = [12, 1, 30, 7, 5, 12, 13, 9, 2, 4, 40, 12], [3, 1, 6, 2, 1, 3, 4,
 
 
 @pytest.mark.parametrize("rule", RULES, ids=["momentum", "penalties", "models", "sharpness", "state"])
-def test_every_hook_sees_the_same_numbers(rule: fedsim.LocalSGD) -> None:
+@each_kernel
+def test_every_hook_sees_the_same_numbers(rule: fedsim.LocalSGD, kernel: str) -> None:
     made = problem(SIZES)
     control = 0.1 * torch.randn(len(SIZES), made.layout.size, generator=torch.Generator().manual_seed(2))
-    assert_close(made, rule, works(made, STEPS, control=control))
+    assert_close(made, rule, works(made, STEPS, control=control), kernel)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +187,7 @@ def test_convex_problems_are_chains_too(made: fedsim.Problem) -> None:
         made = fedsim.LogisticRegression(Dataset(x, y, x, y, 4), Iid(), l2=0.1)
     made.prepare(6, RANDOM)
     for rule in (fedsim.LocalSGD(lr=0.05, batch_size=4), fedsim.LocalSGD(lr=0.05, batch_size=None, momentum=0.5)):
-        assert_close(made, rule, works(made, [3, 5, 1, 2, 2, 7], 0.05), 1e-13)
+        assert_close(made, rule, works(made, [3, 5, 1, 2, 2, 7], 0.05), "native", 1e-13)
 
 
 # ---- the bits show no grouping -------------------------------------------------------------------
@@ -184,12 +199,13 @@ def vectors(results: Sequence[Result]) -> list[Tensor]:
 
 @pytest.mark.parametrize("model", [Mlp(17), Mlp([10, 62]), Logistic(), Mlp(1)], ids=["17", "10-62", "logistic", "1"])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 10, 16, 50, None])
-def test_the_group_does_not_show_in_the_bits(model: object, batch_size: int | None) -> None:
+@each_kernel
+def test_the_group_does_not_show_in_the_bits(model: object, batch_size: int | None, kernel: str) -> None:
     sizes = [50, 1, 23, 100, 50, 3, 10, 50, 64, 2, 11, 50]
     made = problem(sizes, model, (1, 5, 5), 10)
     rule = fedsim.LocalSGD(lr=0.1, batch_size=batch_size)
     todo = works(made, np.minimum(rule.local_steps(np.arange(12), made.samples), 9).tolist())
-    trainer = StackedTrainer(made, {"train": rule}, RANDOM)
+    trainer = stacked(made, rule, kernel)
     whole = vectors(trainer.train(todo))
     for group in (1, 2, 3, 5):
         parts = [each for first in range(0, 12, group) for each in vectors(trainer.train(todo[first : first + group]))]
@@ -198,15 +214,15 @@ def test_the_group_does_not_show_in_the_bits(model: object, batch_size: int | No
 
 
 @pytest.mark.parametrize("rule", RULES, ids=["momentum", "penalties", "models", "sharpness", "state"])
-@pytest.mark.parametrize("least", [None, 2, 0])
+@pytest.mark.parametrize(("kernel", "least"), [("torch", None), ("torch", 2), ("torch", 0), (KERNELS[-1], 1)])
 def test_the_group_does_not_show_with_any_hook_whatever_the_machine_can_do(
-    rule: fedsim.LocalSGD, least: int | None, monkeypatch: pytest.MonkeyPatch
+    rule: fedsim.LocalSGD, kernel: str, least: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if least is not None:
         monkeypatch.setattr(closed_form.ClosedForm, "least_lanes", lambda self, size: least)
     made = problem(SIZES)
     control = 0.1 * torch.randn(len(SIZES), made.layout.size, generator=torch.Generator().manual_seed(2))
-    todo, trainer = works(made, STEPS, control=control), StackedTrainer(made, {"train": rule}, RANDOM)
+    todo, trainer = works(made, STEPS, control=control), stacked(made, rule, kernel)
     results = trainer.train(todo)
     alone = [trainer.train([work])[0] for work in todo]
     assert all(map(torch.equal, vectors(alone), vectors(results)))
@@ -223,7 +239,7 @@ def test_the_group_does_not_show_with_one_output(loss: str, batch_size: int | No
     made.prepare(40, RANDOM)
     rule = fedsim.LocalSGD(lr=0.05, batch_size=batch_size)
     todo = works(made, rule.local_steps(np.arange(40), made.samples).tolist())
-    trainer = StackedTrainer(made, {"train": rule}, RANDOM)
+    trainer = stacked(made, rule, "native")  # in double precision, which is not native
     whole = vectors(trainer.train(todo))
     for group in (1, 2, 3, 5, 7, 12):
         parts = [each for first in range(0, 40, group) for each in vectors(trainer.train(todo[first : first + group]))]
@@ -262,10 +278,11 @@ class Writing(fedsim.LocalSGD):
 
 
 @pytest.mark.parametrize("rule", [Tail, Listing, Writing])
-def test_what_a_rule_does_beside_its_steps_does_not_show_the_group(rule: type[fedsim.LocalSGD]) -> None:
+@each_kernel
+def test_what_a_rule_does_beside_its_steps_does_not_show_the_group(rule: type[fedsim.LocalSGD], kernel: str) -> None:
     made, job = problem(SIZES), rule(lr=0.1, batch_size=5, prox=0.1)
-    assert_close(made, job, works(made, STEPS))
-    trainer = StackedTrainer(made, {"train": job}, RANDOM)
+    assert_close(made, job, works(made, STEPS), kernel)
+    trainer = stacked(made, job, kernel)
     whole, alone = trainer.train(works(made, STEPS)), [trainer.train([each])[0] for each in works(made, STEPS)]
     assert all(map(torch.equal, vectors(alone), vectors(whole)))
 
@@ -286,12 +303,13 @@ def test_products_whose_bits_show_the_stack_are_noticed(monkeypatch: pytest.Monk
     assert form.least_lanes(4) == 0
 
 
-def test_a_client_with_a_nan_spoils_nobody_else() -> None:
+@each_kernel
+def test_a_client_with_a_nan_spoils_nobody_else(kernel: str) -> None:
     made = problem(SIZES)
     rule = fedsim.LocalSGD(lr=0.1, batch_size=5)
-    clean, _ = both(made, rule, works(made, STEPS))
+    clean, _ = both(made, rule, works(made, STEPS), kernel)
     made.train_x[made.rows(2)[0]] = float("nan")
-    spoilt = StackedTrainer(made, {"train": rule}, RANDOM).train(works(made, STEPS))
+    spoilt = stacked(made, rule, kernel).train(works(made, STEPS))
     for client, (one, other) in enumerate(zip(clean, spoilt, strict=True)):
         assert torch.equal(one.payload["delta"], other.payload["delta"]) is (client != 2)
     assert spoilt[2].payload["delta"].isnan().any()
@@ -306,12 +324,13 @@ class Failing(fedsim.LocalSGD):
         return ctx.grad(x, batch)
 
 
-def test_an_error_is_the_error_of_its_task_alone() -> None:
+@each_kernel
+def test_an_error_is_the_error_of_its_task_alone(kernel: str) -> None:
     made, rule = problem(SIZES), Failing(lr=0.1, batch_size=5)
-    results = StackedTrainer(made, {"train": rule}, RANDOM).train(works(made, STEPS))
+    results = stacked(made, rule, kernel).train(works(made, STEPS))
     assert [one.error is not None for one in results] == [client == 4 for client in range(12)]
     assert "client 4, task 14, job 'train', local step 1" in str(results[4].error)
-    clean = StackedTrainer(made, {"train": fedsim.LocalSGD(lr=0.1, batch_size=5)}, RANDOM).train(works(made, STEPS))
+    clean = stacked(made, fedsim.LocalSGD(lr=0.1, batch_size=5), kernel).train(works(made, STEPS))
     torch.testing.assert_close(results[3].payload["delta"], clean[3].payload["delta"], rtol=0, atol=1e-6)
 
 
@@ -320,7 +339,7 @@ def test_an_error_is_the_error_of_its_task_alone() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 60, 2**16])
 @pytest.mark.parametrize("batch_size", [3, None])
-def test_batches_follow_the_keys_of_each_client_epoch_by_epoch(
+def test_batches_follow_the_keys_of_each_client_epoch_by_epoch_and_whole_ones_lie_as_they_are(
     at_once: int, batch_size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batches, "AT_ONCE", at_once)
@@ -340,6 +359,8 @@ def test_batches_follow_the_keys_of_each_client_epoch_by_epoch(
             size = batch_size or int(samples[lane])
             epoch, position = divmod(step, -(-int(samples[lane]) // size))
             order = RANDOM("batches", int(clients[lane]), int(nth[lane]), epoch).permutation(int(samples[lane]))
+            if len(order) <= size:  # the whole of them in every step
+                order = np.arange(len(order))
             wanted = held[int(clients[lane])] + order[position * size : (position + 1) * size]
             scale = batch.scale[lane, :, 0]
             assert batch.rows[lane][: len(wanted)].tolist() == wanted.tolist()

@@ -216,7 +216,7 @@ def test_all_gpus_are_shared_out_and_every_worker_fits_on_one() -> None:
 
 
 def test_on_a_gpu_device_and_group_are_part_of_what_a_run_is() -> None:
-    assert InlinePool(3).identity() == {} == RayPool(2).identity()
+    assert InlinePool(3, kernel="torch").identity() == {"kernel": "torch"} == RayPool(2, kernel="torch").identity()
     pool = RayPool(2, group=5, device="cuda")
     assert pool.identity() == {"pool": "ray", "device": "cuda", "group": 5, "workers": 2}
     plain, other = identify({}, {}, []), identify({}, {}, [], pool.identity())
@@ -227,9 +227,9 @@ def test_on_a_gpu_device_and_group_are_part_of_what_a_run_is() -> None:
     assert differences(other, identify({}, {}, [], {**pool.identity(), "group": 6})) == ["group 5 -> 6"]
 
 
-def test_a_runs_manifest_names_no_device_on_a_cpu() -> None:
+def test_a_runs_manifest_names_the_kernel_and_no_device_on_a_cpu() -> None:
     run = fedsim.simulate(FedAvg(), Quadratic(), stop=fedsim.Stop(rounds=1))
-    assert "execution" not in run.manifest
+    assert run.manifest["execution"].keys() == {"kernel"}
 
 
 def test_reproducible_algorithms_are_asked_for_on_a_gpu_only_and_given_up_again() -> None:

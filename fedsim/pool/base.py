@@ -12,7 +12,7 @@ from fedsim.checks import ConfigError, one_of, whole
 from fedsim.local import LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
-from fedsim.training import Result, Work
+from fedsim.training import KERNELS, Result, Work, kernel_for
 
 
 class Pool(ABC):
@@ -23,11 +23,17 @@ class Pool(ABC):
     """Whether training goes on beside the driver, which can do something else meanwhile."""
     device: str = "cpu"
     """Where tasks are trained, ``cpu`` or ``cuda``. Works come from main memory, and results go back to it."""
+    kernel: str = "auto"
+    """What makes the steps of chains of linear layers on a CPU."""
 
     def identity(self) -> dict[str, Any]:
-        """What of this pool shows in a run's bits, in plain values: nothing on a CPU."""
+        """What of this pool shows in a run's bits, in plain values: the kernel on a CPU.
+
+        Raises:
+            ConfigError: if there is no such kernel.
+        """
         if self.device == "cpu":
-            return {}
+            return {"kernel": kernel_for(self.kernel)}
         return {"pool": self.name, "device": self.device, "group": getattr(self, "group", None)}
 
     @abstractmethod
@@ -85,6 +91,17 @@ def group_setting(value: Any) -> int | str:
         return whole("group", value, least=1)
     except ConfigError:
         raise ConfigError(f"group={value}: must be auto or a whole number >= 1") from None
+
+
+def kernel_setting(value: Any) -> str:
+    """A pool's ``kernel``.
+
+    Raises:
+        ConfigError: if it is none, or not there.
+    """
+    setting = one_of("kernel", value, KERNELS)
+    kernel_for(setting)
+    return setting
 
 
 DEVICES = ("cpu", "cuda")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from fedsim.checks import ConfigError, SimulationError
 from fedsim.local import LocalSGD
-from fedsim.pool.base import Pool, check_device, device_setting, group_setting
+from fedsim.pool.base import Pool, check_device, device_setting, group_setting, kernel_setting
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training import Result, Trainer, Work, trainer_for
@@ -19,16 +19,19 @@ class InlinePool(Pool):
     Args:
         group: most tasks to train together; ``"auto"`` takes all that wait. Never shows in the results of a CPU.
         device: ``cpu`` or ``cuda``.
+        kernel: what makes the steps of chains of linear layers on a CPU: ``native``, ``torch``, or ``auto``, which is
+            native where that was built.
 
     Raises:
-        ConfigError: if a setting is wrong, or there is no GPU.
+        ConfigError: if a setting is wrong, or there is no GPU or no such kernel.
     """
 
     name = "inline"
 
-    def __init__(self, group: int | str = "auto", device: str = "cpu") -> None:
+    def __init__(self, group: int | str = "auto", device: str = "cpu", kernel: str = "auto") -> None:
         self.group, self.device = group_setting(group), device_setting(device)
         check_device(self.device)
+        self.kernel = kernel_setting(kernel)
         self._trainer: Trainer | None = None
         self._results: dict[int, Result] = {}
 
@@ -44,7 +47,7 @@ class InlinePool(Pool):
             own = copy.deepcopy(dict(jobs))
         except TypeError as error:  # a lock, an open file
             raise ConfigError(f"a local rule must be plain settings: {error}") from None
-        self._trainer = trainer_for(problem, own, randomness, self.device)
+        self._trainer = trainer_for(problem, own, randomness, self.device, self.kernel)
 
     def submit(self, works: Sequence[Work]) -> None:
         """Train now, in groups of at most ``group``."""

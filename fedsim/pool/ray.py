@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsim.checks import ConfigError, SimulationError, optional_number, optional_whole, said
 from fedsim.local import LocalSGD
-from fedsim.pool.base import Pool, device_setting, group_setting, group_size
+from fedsim.pool.base import Pool, device_setting, group_setting, group_size, kernel_setting
 from fedsim.pool.connection import connect, import_ray
 from fedsim.pool.crew import Crew, LostNode, Member
 from fedsim.pool.parcels import Parcel, shared_tensors
@@ -25,7 +25,7 @@ from fedsim.pool.store import TensorStore
 from fedsim.pool.usercode import pickled_with_user_code
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
-from fedsim.training import Result, Work, out_of_memory
+from fedsim.training import Result, Work, kernel_for, out_of_memory
 
 logger = logging.getLogger("fedsim")
 
@@ -84,6 +84,8 @@ class RayPool(Pool):
         group: most tasks to train together; ``"auto"`` cuts what waits evenly among the workers. Never shows in
             the results of a CPU.
         device: ``cpu`` or ``cuda``.
+        kernel: what makes the steps of chains of linear layers on a CPU: ``native``, ``torch``, or ``auto``, which is
+            native where that was built; every worker has to have it then.
     """
 
     name = "ray"
@@ -96,11 +98,12 @@ class RayPool(Pool):
         gpus_per_worker: float | None = None,
         group: int | str = "auto",
         device: str = "cpu",
+        kernel: str = "auto",
     ) -> None:
         self.workers = optional_whole("workers", workers, least=1, most=4096)
         self.address = address
         self.gpus_per_worker = optional_number("gpus_per_worker", gpus_per_worker, least=0, most=8)
-        self.device = device_setting(device)
+        self.device, self.kernel = device_setting(device), kernel_setting(kernel)
         gpus = self.gpus_per_worker
         if self.device == "cuda" and gpus == 0:
             raise ConfigError(f"gpus_per_worker={gpus_per_worker}: must be > 0 with device=cuda, or null")
@@ -125,7 +128,7 @@ class RayPool(Pool):
 
     def identity(self) -> dict[str, Any]:
         """What of this pool shows in a run's bits: on a GPU also among how many workers tasks are dealt out."""
-        return super().identity() and {**super().identity(), "workers": self.workers}
+        return super().identity() | ({} if self.device == "cpu" else {"workers": self.workers})
 
     @property
     def restarts(self) -> int:
@@ -143,7 +146,7 @@ class RayPool(Pool):
         if self._ray is not None:
             raise ConfigError("pool: this pool is in use by another run; give every run its own")
         ray = import_ray()
-        code = pickled_with_user_code((problem, dict(jobs), randomness, self.device))
+        code = pickled_with_user_code((problem, dict(jobs), randomness, self.device, kernel_for(self.kernel)))
         self._connected = connect(ray, self.address, self.workers)
         self._ray = ray
         try:

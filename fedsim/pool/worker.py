@@ -38,8 +38,8 @@ class Worker:
 
         Args:
             parcels: the tasks.
-            shared: the pickled problem, jobs, randomness and device; unpickled once in a worker's life. It comes with
-                every call, by reference, because a fresh worker knows nothing.
+            shared: what all tasks share (:func:`trainer_for` takes it), pickled; unpickled once in a worker's life. It
+                comes with every call, by reference, because a fresh worker knows nothing.
             tensors: the shared tensors, in the parcels' places.
         """
         if self._trainer is None:

@@ -1,6 +1,7 @@
 """Problems that are chains of linear layers: their gradients need no autograd, only products of matrices.
 
-The structure is read from the module or told by the problem; :mod:`fedsim.training.closed_form` does the sums.
+The structure is read from the module or told by the problem; :mod:`fedsim.training.closed_form` or
+:mod:`fedsim.training.native` does the sums.
 """
 
 from __future__ import annotations

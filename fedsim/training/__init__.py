@@ -6,27 +6,48 @@ from collections.abc import Mapping
 
 import torch
 
+from fedsim.checks import ConfigError
 from fedsim.local import LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training.base import Result, SelfTrained, Sizes, Trainer, Work, out_of_memory
 from fedsim.training.general import GeneralTrainer
+from fedsim.training.native import instruction_sets
 from fedsim.training.stacked import StackedTrainer
 from fedsim.training.vmapped import Vmapped, VmapTrainer
 
 __all__ = [
-    "GeneralTrainer", "Result", "SelfTrained", "Sizes", "StackedTrainer", "Trainer", "VmapTrainer", "Work",
-    "out_of_memory", "trainer_for",
+    "KERNELS", "GeneralTrainer", "Result", "SelfTrained", "Sizes", "StackedTrainer", "Trainer", "VmapTrainer", "Work",
+    "kernel_for", "out_of_memory", "trainer_for",
 ]  # fmt: skip
 
 
-def trainer_for(
-    problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness, device: torch.device | str = "cpu"
-) -> Trainer:
-    """The fastest trainer there is for a problem: its structure and the device decide, and nothing else.
+KERNELS = ("auto", "native", "torch")
+"""What can make the steps of chains of linear layers on a CPU."""
+
+
+def kernel_for(setting: str) -> str:
+    """``native`` or ``torch``, for one of :data:`KERNELS`.
 
     Raises:
-        ConfigError: if the problem cannot be trained on the device.
+        ConfigError: if this machine has no native kernel and it must be that.
+    """
+    if setting == "native" and not instruction_sets():
+        raise ConfigError(
+            "kernel=native: is not there (it needs a C compiler when fedsim is installed, and a processor with AVX2); "
+            "take kernel=auto or kernel=torch"
+        )
+    return "native" if setting != "torch" and instruction_sets() else "torch"
+
+
+def trainer_for(
+    problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness, device: torch.device | str = "cpu",
+    kernel: str = "auto",
+) -> Trainer:  # fmt: skip
+    """The fastest trainer there is for a problem: its structure, the device and the kernel decide, and nothing else.
+
+    Raises:
+        ConfigError: if the problem cannot be trained on the device, or there is no such kernel.
     """
     device = torch.device(device)
     if isinstance(problem, SelfTrained):
@@ -34,7 +55,7 @@ def trainer_for(
     if not problem.trains:
         return StackedTrainer(problem, jobs, randomness)
     if problem.chain() is not None:
-        return StackedTrainer(problem, jobs, randomness, device)
+        return StackedTrainer(problem, jobs, randomness, device, kernel_for(kernel))
     network = None if device.type == "cpu" else problem.network()  # a CPU is slower on stacks than client by client
     if network is not None and Vmapped(network, device).takes():
         return VmapTrainer(problem, jobs, randomness, device)

@@ -43,8 +43,25 @@ def padded_size(batch_size: int | None, samples: int) -> int:
     return size if batch_size is None else max(min(size, batch_size), 2)
 
 
+class Steps(NamedTuple):
+    """Some steps on end of the ``n`` clients of a stack: what each :class:`Batch` holds of one."""
+
+    rows: Tensor
+    """``[t, n, size]``."""
+    scale: Tensor
+    """``[t, n, size, 1]``."""
+    running: Tensor
+    """``[t]``: how many clients are at work in each, the first ones."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Steps:
+        """One step."""
+        return cls(batch.rows.unsqueeze(0), batch.scale.unsqueeze(0), torch.tensor([len(batch.rows)]))
+
+
 class StackBatches:
-    """Epoch after epoch in a new keyed order; the last batch of an epoch may be smaller.
+    """Epoch after epoch in a new keyed order; the last batch of an epoch may be smaller. One batch that holds all of a
+    client's examples holds them as they lie: its order would mean nothing, and drawing it takes time.
 
     The clients must be such that :func:`padded_size` is the same for all, and in order of steps, the most first.
 
@@ -85,10 +102,14 @@ class StackBatches:
 
     def each(self, like: Tensor) -> Iterator[Batch]:
         """The batch of each step, of as many clients as have not finished, for parameters ``like``."""
-        for rows, counts, running in self._blocks():
-            places, scales = torch.from_numpy(rows).to(like.device), self._scales(counts, like)
+        for rows, scale, running in self.blocks(like):
             for step, k in enumerate(running.tolist()):
-                yield Batch(places[step, :k], scales[step, :k])
+                yield Batch(rows[step, :k], scale[step, :k])
+
+    def blocks(self, like: Tensor) -> Iterator[Steps]:
+        """All steps, some at a time, for parameters ``like``."""
+        for rows, counts, running in self._blocks():
+            yield Steps(torch.from_numpy(rows).to(like.device), self._scales(counts, like), torch.from_numpy(running))
 
     def _blocks(self) -> Iterator[tuple[Ids, Ids, Ids]]:
         """Of some steps at a time where the examples lie, how many count, and how many clients are at work."""
@@ -129,9 +150,15 @@ class StackBatches:
         lane = np.repeat(np.arange(len(epochs)), epochs)
         number = np.arange(len(lane)) - np.repeat(np.cumsum(epochs) - epochs, epochs)
         sizes = self.samples[lane]
-        keys = self.randomness("batches", self.clients[lane], self.nth[lane], begun[lane] + number)
+        starts = np.cumsum(sizes) - sizes
+        inside = np.arange(sizes.sum()) - np.repeat(starts, sizes)
+        shuffled = self.per_epoch[lane] > 1
+        if shuffled.any():
+            some = lane[shuffled]
+            keys = self.randomness("batches", self.clients[some], self.nth[some], (begun[lane] + number)[shuffled])
+            inside[np.repeat(shuffled, sizes)] = keys.permutations(sizes[shuffled])
         mine = np.repeat((np.cumsum(self.samples) - self.samples)[lane], sizes)
-        return held[mine + keys.permutations(sizes)], np.cumsum(sizes) - sizes
+        return held[mine + inside], starts
 
     def _scales(self, counts: Ids, like: Tensor) -> Tensor:
         """``[t, n, padded, 1]``."""

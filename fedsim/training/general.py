@@ -36,14 +36,16 @@ class SingleContext(Context):
         self._randomness = randomness
 
     def batches(self) -> Iterator[Tensor]:
-        """Epoch after epoch in a new keyed order; the last batch of an epoch may be smaller."""
+        """Epoch after epoch in a new keyed order, unless a batch holds all; the last one may be smaller."""
         work, samples = self._work, int(self._problem.samples[self._work.client])
         size = samples if self._batch_size is None else self._batch_size
         per_epoch = -(-samples // size) if samples else 0
         order = torch.empty(0, dtype=torch.int64)
         for step in range(work.steps if samples and self._problem.trains else 0):
             epoch, position = divmod(step, per_epoch)
-            if position == 0:
+            if per_epoch == 1:
+                order = torch.arange(samples)
+            elif position == 0:
                 key = self._randomness("batches", work.client, work.nth, epoch)
                 order = torch.from_numpy(key.permutation(samples))
             self.step = step

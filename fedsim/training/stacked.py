@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.local import Context, LocalSGD
+from fedsim.local import Context, Extras, LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
 from fedsim.training.base import Result, Trainer, Work, divided, failure, finite_rows, moved, stacked_tensors, unstacked
 from fedsim.training.batches import Batch, Rows, StackBatches, padded_size
 from fedsim.training.closed_form import ClosedForm
 from fedsim.training.devices import reproducible
+from fedsim.training.native import NativeForm
 from fedsim.vectors import aligned_stack, is_aligned
 
 HOOKS = ("run", "origin", "begin", "direction", "finish")
@@ -184,6 +185,23 @@ class StackedContext(Context):
         else:
             self._form.descend(x, batch, self.lr)
 
+    def descend_all(self, x: Tensor, extras: Extras) -> Tensor | None:
+        """The end ``[n, d]`` of all steps from ``x`` on, which may be written to; None if there is no way at once."""
+        if not isinstance(self._form, NativeForm) or self._form.l2:
+            return super().descend_all(x, extras)
+        if not is_aligned(x):
+            x = aligned_stack(len(x), x).copy_(x)
+        self._form.descend_all(x, self._batches.blocks(x), self.lr, self._from().contiguous(), extras)
+        return x
+
+    def update(self, extras: Extras) -> Tensor | None:
+        """A new ``[n, d]``: how far all steps lead away from ``start``; None if there is no way at once."""
+        if not isinstance(self._form, NativeForm) or self._form.l2:
+            return None
+        new = aligned_stack(len(self.clients), self._start)
+        self._form.update(new, self._batches.blocks(new), self.lr, self._from().contiguous(), extras)
+        return new
+
     def rng(self, purpose: str) -> Draw:
         """The keys of these tasks, one for each row."""
         return self._randomness(purpose, self.clients, self._batches.nth)
@@ -197,20 +215,25 @@ class StackedTrainer(Trainer):
         jobs: the local rules by name.
         randomness: the run's.
         device: where stacks are trained; works come from main memory, and results go back to it.
+        kernel: ``native`` or ``torch``, what makes the steps where there is a choice.
     """
 
     def __init__(
-        self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness, device: torch.device | str = "cpu"
-    ) -> None:
+        self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness,
+        device: torch.device | str = "cpu", kernel: str = "torch",
+    ) -> None:  # fmt: skip
         self.samples, self.jobs, self.randomness = problem.samples, dict(jobs), randomness
-        self.device = torch.device(device)
+        self.device, self.kernel = torch.device(device), kernel
         self.rows, self.form = self._form_of(problem)
         self._least: dict[int, int] = {}
 
     def _form_of(self, problem: Problem) -> tuple[Rows | None, StackForm | None]:
         """Where clients' examples lie, and how they are trained on; nothing if nothing is trained."""
         chain = problem.chain() if problem.trains else None
-        return (None, None) if chain is None else (chain.rows, ClosedForm(chain, self.device))
+        if chain is None:
+            return None, None
+        native = self.kernel == "native" and self.device.type == "cpu" and NativeForm.takes(chain)
+        return chain.rows, NativeForm(chain) if native else ClosedForm(chain, self.device)
 
     def train(self, group: Sequence[Work]) -> list[Result]:
         """The results of a group in its order, whatever stacks it is cut into."""

@@ -1,0 +1,53 @@
+/* What is trained: a chain of linear layers, the examples, and the loss. */
+
+#pragma once
+#include <stdint.h>
+
+/* To be raised when the bits change, with REVISION in form.py. */
+#define REVISION 1
+
+enum activation { NO_ACTIVATION, RELU, TANH };
+enum loss { CROSS_ENTROPY, BINARY, SQUARED };
+
+typedef struct {
+    int64_t inputs, outputs;
+    int64_t weight; /* where W [outputs, inputs] begins in the parameters */
+    int64_t bias;   /* where b [outputs] begins; -1 if there is none */
+    int64_t activation;
+} layer_t;
+
+typedef struct {
+    int64_t parameters; /* of all layers */
+    int64_t layers;
+    const layer_t *layer;
+    int64_t loss;
+    const float *inputs; /* [examples, inputs of the first layer] */
+    const void *targets; /* [examples]: int64 classes for cross-entropy, else floats */
+} chain_t;
+
+/* What goes into a step beside the gradient. */
+typedef struct {
+    float clip; /* largest norm of the gradient; infinite if it may be anything */
+    float weight_decay, prox, momentum;
+} extras_t;
+
+/* Some steps of some clients, the longest at work first. */
+typedef struct {
+    int64_t clients, steps, size;
+    const int64_t *rows;    /* [steps, clients, size]: where the examples lie */
+    const float *scale;     /* [steps, clients, size]: 1 / examples, 0 for what only fills a batch */
+    const int64_t *running; /* [steps]: clients at work */
+    const float *rate;      /* [clients]: learning rates */
+    float *x;               /* [clients, x_stride]: parameters, changed in place unless `out` is there */
+    int64_t x_stride;
+    float *out; /* [clients, out_stride]: where the gradients of the one step are written */
+    int64_t out_stride;
+    const float *start; /* [clients, start_stride], or one for all with stride 0: what the clients downloaded */
+    int64_t start_stride;
+    int64_t first, last; /* whether x is to be filled from `start` before these steps, and to have it taken off after */
+    const extras_t *extras; /* if steps are more than plain ones */
+    float *velocity;        /* [clients, x_stride], with momentum; 0 before a client's first step */
+} work_t;
+
+/* Columns of a matrix of activations: full blocks of lanes. */
+static inline int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }

@@ -1,0 +1,168 @@
+"""The fastest form of a chain of linear layers: every step of a client in one go, in C, its matrices in the cache.
+
+What it does stands in ``steps.h``. A client is worked on by itself, so its bits depend on nobody it is trained with;
+and every sum has one order that the text fixes, so they do not depend on the instruction set either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.local import Extras
+from fedsim.problems.chain import Chain
+from fedsim.training.batches import Batch, Steps
+
+REVISION = 1
+"""Of the C text: what was built from an older one is left alone. To be raised, in ``chain.h`` too, when bits change."""
+
+FEWEST, MOST = 2, 128
+"""Clients in a stack."""
+
+NUMBERS = 2_500_000
+"""Parameters of a stack, about."""
+
+NOTHING = (0, 0.0, 0.0, 0.0, 0.0, 0)
+"""Beside the gradient, as C takes it."""
+
+LOSSES = ("cross_entropy", "binary", "squared")
+ACTIVATIONS = (None, "relu", "tanh")
+"""As numbered in ``chain.h``."""
+
+
+@cache
+def _built() -> Any:
+    """The compiled module, or None."""
+    try:
+        from fedsim.training.native import _steps
+    except ImportError:  # no compiler when fedsim was installed
+        return None
+    return _steps if _steps.REVISION == REVISION else None
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """Those it can run with here, the fastest first; none if it was not built or the processor is too old."""
+    built = _built()
+    return () if built is None else tuple(built.variants())
+
+
+class NativeForm:
+    """The gradient and plain steps of a chain on stacks of parameter vectors in main memory.
+
+    Args:
+        chain: a problem that :meth:`takes` says yes to.
+        instruction_set: one of :func:`instruction_sets`; None takes the fastest. It does not show in the bits.
+    """
+
+    l2: float
+
+    def __init__(self, chain: Chain, instruction_set: str | None = None) -> None:
+        self.l2 = chain.l2
+        self._parameters = sum(each.outputs * (each.inputs + (each.bias is not None)) for each in chain.layers)
+        self._layers = torch.tensor(
+            [
+                [each.inputs, each.outputs, each.weight, -1 if each.bias is None else each.bias,
+                 ACTIVATIONS.index(each.activation)]
+                for each in chain.layers
+            ]
+        )  # fmt: skip
+        self._inputs, self._targets = chain.inputs.contiguous(), chain.targets.contiguous()
+        self._train = _built().train
+        self._chain = _built().chain(
+            instruction_set or instruction_sets()[0], self._parameters, self._layers.data_ptr(), len(chain.layers),
+            LOSSES.index(chain.loss), self._inputs.data_ptr(), self._targets.data_ptr(), len(self._inputs),
+        )  # fmt: skip
+
+    @classmethod
+    def takes(cls, chain: Chain) -> bool:
+        """Whether a chain can be trained here: single precision, and a machine that has the means."""
+        targets = torch.int64 if chain.loss == "cross_entropy" else torch.float32
+        single = chain.inputs.dtype == torch.float32 and chain.targets.dtype == targets
+        return bool(instruction_sets()) and single and chain.inputs.device.type == "cpu"
+
+    def lanes(self, size: int) -> int:
+        """Most clients in a stack with batches of ``size`` examples."""
+        return max(FEWEST, min(MOST, NUMBERS // self._parameters))
+
+    def least_lanes(self, size: int) -> int:
+        """1: a client alone gets the same bits as in any company."""
+        return 1
+
+    def gradient(self, x: Tensor, batch: Batch, out: Tensor) -> None:
+        """Write the gradients at ``x[:k]`` of the mean losses over a batch of ``k`` clients into ``out[:k]``."""
+        self._work(Steps.of(batch), x, out=out)
+        if self.l2:
+            k = len(batch.rows)
+            out[:k].add_(x[:k], alpha=self.l2)
+
+    def descend(self, x: Tensor, batch: Batch, lr: Tensor) -> None:
+        """``x[:k] <- x[:k] - lr[:k] * gradient`` in place; ``lr [n, 1]``."""
+        self._work(Steps.of(batch), x, lr)
+
+    def descend_all(self, x: Tensor, blocks: Iterable[Steps], lr: Tensor, start: Tensor, extras: Extras) -> None:
+        """Every client's own steps from ``x [n, d]`` on, in place.
+
+        Args:
+            x: where they begin, and end.
+            blocks: the steps.
+            lr: ``[n, 1]``.
+            start: ``[n, d]``, or ``[d]`` for all: where a penalty pulls.
+            extras: what goes into a step beside the gradient.
+        """
+        velocity = _at_rest(x, extras)
+        for steps in blocks:
+            self._work(steps, x, lr, start=start, more=_more(extras, velocity))
+
+    def update(self, x: Tensor, blocks: Iterable[Steps], lr: Tensor, start: Tensor, extras: Extras) -> None:
+        """As :meth:`descend_all`, but from ``start`` on, and what ``x`` is filled with is the difference from it."""
+        velocity, missing = _at_rest(x, extras), True
+        for steps, first, last in _with_ends(blocks):
+            self._work(steps, x, lr, start=start, ends=(first, last), more=_more(extras, velocity))
+            missing = False
+        if missing:  # no examples, no steps
+            x.zero_()
+
+    def _work(
+        self, steps: Steps, x: Tensor, lr: Tensor | None = None, out: Tensor | None = None,
+        start: Tensor | None = None, ends: tuple[int, int] = (0, 0), more: tuple[float, ...] = NOTHING,
+    ) -> None:  # fmt: skip
+        rows, scale, running = steps.rows.contiguous(), steps.scale.contiguous(), steps.running
+        self._train(
+            self._chain, tuple(rows.shape), (rows.data_ptr(), scale.data_ptr(), running.data_ptr()),
+            0 if lr is None else lr.data_ptr(), _place(x), _place(out), (*_place(start), *ends), more,
+        )  # fmt: skip
+
+
+def _place(stack: Tensor | None) -> tuple[int, int]:
+    """Where a stack begins, and how far its rows are apart: 0 for one vector for all."""
+    if stack is None:
+        return 0, 0
+    return stack.data_ptr(), stack.stride(0) if stack.ndim > 1 else 0
+
+
+def _at_rest(x: Tensor, extras: Extras) -> Tensor | None:
+    """The velocities before the first step, if there are any."""
+    return torch.zeros(len(x), x.stride(0)) if extras.momentum else None
+
+
+def _more(extras: Extras, velocity: Tensor | None) -> tuple[float, ...]:
+    if not extras:
+        return NOTHING
+    clip = math.inf if extras.clip is None else extras.clip
+    return 1, clip, extras.weight_decay, extras.prox, extras.momentum, _place(velocity)[0]
+
+
+def _with_ends(blocks: Iterable[Steps]) -> Iterator[tuple[Steps, bool, bool]]:
+    """Each with whether it is the first, and whether the last."""
+    rest = iter(blocks)
+    here, first = next(rest, None), True
+    while here is not None:
+        after = next(rest, None)
+        yield here, first, after is None
+        here, first = after, False

@@ -1,0 +1,424 @@
+/* Local steps on a chain of linear layers, client after client, every matrix in the cache while it is used.
+ *
+ * With A_0 the batch (an example is a row) and A_l = act_l(A_{l-1} W_l^T + b_l):
+ *
+ *     D_L = scale * d loss / d A_L            scale: rate / examples
+ *     D_l = act_l'(A_l) * D_l                 dW_l = D_l^T A_{l-1}    db_l = sum D_l    D_{l-1} = D_l W_l
+ *
+ * The bits of a result depend on this text alone and not on the instruction set: every sum has one order, over sixteen
+ * lanes where it runs along a row, and products are always rounded together with the sum they go into. Included once
+ * for every instruction set, after a header that defines LANES and what can be done with them. */
+
+#define load VARIANT(load)
+#define load_some VARIANT(load_some)
+#define store VARIANT(store)
+#define store_some VARIANT(store_some)
+#define all VARIANT(all)
+#define add VARIANT(add)
+#define subtract VARIANT(subtract)
+#define times VARIANT(times)
+#define over VARIANT(over)
+#define fused VARIANT(fused)
+#define larger VARIANT(larger)
+#define smaller VARIANT(smaller)
+#define at_most VARIANT(at_most)
+#define with_sign VARIANT(with_sign)
+#define rounded VARIANT(rounded)
+#define power_of_two VARIANT(power_of_two)
+#define sum VARIANT(sum)
+#define UNROLL _Pragma("GCC unroll 8")
+
+/* ---- products of matrices ------------------------------------------------------------------------- */
+
+/* out[m][n] = a[m] . w_n for a tile of `rows` by `outputs`. */
+HERE void VARIANT(dot_tile)(int rows, int outputs, const float *const *a, const float *w, int64_t length, float *out,
+                            int64_t out_stride) {
+    LANES total[TILE_ROWS][TILE_BLOCKS];
+    UNROLL
+    for (int m = 0; m < rows; m++) {
+        UNROLL
+        for (int n = 0; n < outputs; n++)
+            total[m][n] = all(0.0f);
+    }
+    int64_t i = 0;
+    for (; i + 16 <= length; i += 16) {
+        LANES right[TILE_BLOCKS];
+        UNROLL
+        for (int n = 0; n < outputs; n++)
+            right[n] = load(w + n * length + i);
+        UNROLL
+        for (int m = 0; m < rows; m++) {
+            LANES left = load(a[m] + i);
+            UNROLL
+            for (int n = 0; n < outputs; n++)
+                total[m][n] = fused(left, right[n], total[m][n]);
+        }
+    }
+    if (i < length) {
+        int rest = (int)(length - i);
+        UNROLL
+        for (int m = 0; m < rows; m++) {
+            LANES left = load_some(a[m] + i, rest);
+            UNROLL
+            for (int n = 0; n < outputs; n++)
+                total[m][n] = fused(left, load_some(w + n * length + i, rest), total[m][n]);
+        }
+    }
+    UNROLL
+    for (int m = 0; m < rows; m++) {
+        UNROLL
+        for (int n = 0; n < outputs; n++)
+            out[m * out_stride + n] = sum(total[m][n]);
+    }
+}
+
+/* out[m][columns] = (or -=) sum over k of a[m, k] * b[k][columns], for `rows` rows and `blocks` times sixteen columns,
+ * or fewer than sixteen if `some` is not 0. */
+HERE void VARIANT(sum_tile)(int rows, int blocks, int some, int take_off, const float *a, int64_t a_row, int64_t a_term,
+                            int64_t terms, const float *const *b, int64_t column, float *out, int64_t out_stride) {
+    LANES total[TILE_ROWS][TILE_BLOCKS];
+    UNROLL
+    for (int m = 0; m < rows; m++) {
+        UNROLL
+        for (int n = 0; n < blocks; n++)
+            total[m][n] = all(0.0f);
+    }
+    for (int64_t k = 0; k < terms; k++) {
+        LANES right[TILE_BLOCKS];
+        const float *row = b[k] + column;
+        UNROLL
+        for (int n = 0; n < blocks; n++)
+            right[n] = some ? load_some(row, some) : load(row + 16 * n);
+        UNROLL
+        for (int m = 0; m < rows; m++) {
+            LANES left = all(a[m * a_row + k * a_term]);
+            UNROLL
+            for (int n = 0; n < blocks; n++)
+                total[m][n] = fused(left, right[n], total[m][n]);
+        }
+    }
+    UNROLL
+    for (int m = 0; m < rows; m++) {
+        float *to = out + m * out_stride + column;
+        UNROLL
+        for (int n = 0; n < blocks; n++) {
+            if (some) {
+                store_some(to, some, take_off ? subtract(load_some(to, some), total[m][n]) : total[m][n]);
+            } else {
+                store(to + 16 * n, take_off ? subtract(load(to + 16 * n), total[m][n]) : total[m][n]);
+            }
+        }
+    }
+}
+
+#if TILE_ROWS == 5 && TILE_BLOCKS == 5
+#define EACH_ROWS(TILE, n) TILE(1, n) TILE(2, n) TILE(3, n) TILE(4, n) TILE(5, n)
+#define EACH_TILE(TILE) EACH_ROWS(TILE, 1) EACH_ROWS(TILE, 2) EACH_ROWS(TILE, 3) EACH_ROWS(TILE, 4) EACH_ROWS(TILE, 5)
+#else
+#define EACH_ROWS(TILE, n) TILE(1, n) TILE(2, n) TILE(3, n)
+#define EACH_TILE(TILE) EACH_ROWS(TILE, 1) EACH_ROWS(TILE, 2)
+#endif
+
+static inline int64_t VARIANT(least)(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* out [rows, outputs] = a w^T, for rows a[m] [length] and w [outputs, length]. */
+FOR_VARIANT static void VARIANT(product)(const float *const *a, int64_t rows, const float *w, int64_t outputs,
+                                         int64_t length, float *out, int64_t out_stride) {
+    for (int64_t n = 0; n < outputs; n += TILE_BLOCKS) {
+        for (int64_t m = 0; m < rows; m += TILE_ROWS) {
+            const float *right = w + n * length;
+            float *to = out + m * out_stride + n;
+            switch (8 * VARIANT(least)(rows - m, TILE_ROWS) + VARIANT(least)(outputs - n, TILE_BLOCKS)) {
+#define TILE(i, j)                                                                                                     \
+    case 8 * i + j:                                                                                                    \
+        VARIANT(dot_tile)(i, j, a + m, right, length, to, out_stride);                                                 \
+        break;
+                EACH_TILE(TILE)
+#undef TILE
+            }
+        }
+    }
+}
+
+/* out [rows, columns] = (or -=) sum over k of a[m, k] * b[k][columns]. */
+HERE void VARIANT(sums)(int take_off, const float *a, int64_t a_row, int64_t a_term, int64_t terms,
+                        const float *const *b, int64_t rows, int64_t columns, float *out, int64_t out_stride) {
+    for (int64_t m = 0; m < rows; m += TILE_ROWS) {
+        int64_t some_rows = VARIANT(least)(rows - m, TILE_ROWS), n = 0;
+        const float *left = a + m * a_row;
+        float *to = out + m * out_stride;
+        for (; n + 16 <= columns; n += 16 * TILE_BLOCKS) {
+            switch (8 * some_rows + VARIANT(least)((columns - n) / 16, TILE_BLOCKS)) {
+#define TILE(i, j)                                                                                                     \
+    case 8 * i + j:                                                                                                    \
+        VARIANT(sum_tile)(i, j, 0, take_off, left, a_row, a_term, terms, b, n, to, out_stride);                        \
+        break;
+                EACH_TILE(TILE)
+#undef TILE
+            }
+        }
+        n = columns / 16 * 16;
+        if (n < columns) {
+            switch (some_rows) {
+#define TILE(i, j)                                                                                                     \
+    case i:                                                                                                            \
+        VARIANT(sum_tile)(i, 1, (int)(columns - n), take_off, left, a_row, a_term, terms, b, n, to, out_stride);       \
+        break;
+                EACH_ROWS(TILE, 1)
+#undef TILE
+            }
+        }
+    }
+}
+
+FOR_VARIANT static void VARIANT(write_sums)(const float *a, int64_t a_row, int64_t a_term, int64_t terms,
+                                            const float *const *b, int64_t rows, int64_t columns, float *out,
+                                            int64_t out_stride) {
+    VARIANT(sums)(0, a, a_row, a_term, terms, b, rows, columns, out, out_stride);
+}
+
+FOR_VARIANT static void VARIANT(take_off_sums)(const float *a, int64_t a_row, int64_t a_term, int64_t terms,
+                                               const float *const *b, int64_t rows, int64_t columns, float *out,
+                                               int64_t out_stride) {
+    VARIANT(sums)(1, a, a_row, a_term, terms, b, rows, columns, out, out_stride);
+}
+
+/* ---- activations and losses ------------------------------------------------------------------------ */
+
+/* e^x to two units in the last place for -87.3 < x < 88.3, and the value at the limit beyond; coefficients of Cephes.
+ */
+HERE LANES VARIANT(exponential)(LANES x) {
+    x = smaller(all(88.3762626647949f), larger(all(-87.3365478515625f), x));
+    LANES whole = rounded(times(x, all(1.44269504088896341f)));
+    x = fused(whole, all(-0.693359375f), x);
+    x = fused(whole, all(2.12194440e-4f), x);
+    LANES y = fused(all(1.9875691500e-4f), x, all(1.3981999507e-3f));
+    y = fused(y, x, all(8.3334519073e-3f));
+    y = fused(y, x, all(4.1665795894e-2f));
+    y = fused(y, x, all(1.6666665459e-1f));
+    y = fused(y, x, all(5.0000001201e-1f));
+    y = add(fused(y, times(x, x), x), all(1.0f));
+    return times(y, power_of_two(whole));
+}
+
+/* tanh x = (1 - e^{-2|x|}) / (1 + e^{-2|x|}) with the sign of x; near 0, where that cancels, a polynomial of Cephes. */
+HERE LANES VARIANT(tangent)(LANES x) {
+    LANES size = with_sign(x, all(0.0f)), square = times(x, x);
+    LANES e = VARIANT(exponential)(times(size, all(-2.0f)));
+    LANES far = with_sign(over(subtract(all(1.0f), e), add(all(1.0f), e)), x);
+    LANES y = fused(all(-5.70498872745e-3f), square, all(2.06390887954e-2f));
+    y = fused(y, square, all(-5.37397155531e-2f));
+    y = fused(y, square, all(1.33314422036e-1f));
+    y = fused(y, square, all(-3.33332819422e-1f));
+    return at_most(size, all(0.625f), fused(times(y, square), x, x), far);
+}
+
+/* a <- act(a + bias) for a [rows, columns]; columns that only fill a block come to nothing anywhere. */
+FOR_VARIANT static void VARIANT(activate)(float *a, int64_t rows, int64_t columns, const float *bias,
+                                          int64_t activation) {
+    int64_t stride = padded(columns);
+    for (int64_t n = 0; n < columns; n += 16) {
+        LANES shift = bias ? load_some(bias + n, (int)VARIANT(least)(columns - n, 16)) : all(0.0f);
+        for (int64_t m = 0; m < rows; m++) {
+            float *at = a + m * stride + n;
+            LANES value = bias ? add(load(at), shift) : load(at);
+            if (activation == RELU)
+                value = larger(all(0.0f), value);
+            if (activation == TANH)
+                value = VARIANT(tangent)(value);
+            store(at, value);
+        }
+    }
+}
+
+/* d <- act'(a) * d, both [rows, columns], from what the activation gave. */
+FOR_VARIANT static void VARIANT(backward)(float *d, const float *a, int64_t rows, int64_t columns, int64_t activation) {
+    int64_t stride = padded(columns);
+    if (activation == NO_ACTIVATION)
+        return;
+    for (int64_t at = 0; at < rows * stride; at += 16) {
+        LANES value = load(a + at), slope = load(d + at);
+        if (activation == RELU) {
+            store(d + at, at_most(value, all(0.0f), all(0.0f), slope));
+        } else {
+            store(d + at, times(slope, fused(times(value, all(-1.0f)), value, all(1.0f))));
+        }
+    }
+}
+
+/* d [columns] = scale * (softmax(a) - the target's unit vector). */
+HERE void VARIANT(cross_entropy_slope)(float *d, const float *a, int64_t columns, int64_t target, float scale) {
+    float most = a[0];
+    for (int64_t n = 1; n < columns; n++)
+        most = a[n] > most ? a[n] : most;
+    LANES total = all(0.0f);
+    for (int64_t n = 0; n < columns; n += 16) {
+        int some = (int)VARIANT(least)(columns - n, 16);
+        store_some(d + n, some, VARIANT(exponential)(subtract(load(a + n), all(most))));
+        total = add(total, load_some(d + n, some));
+    }
+    LANES whole = all(sum(total));
+    for (int64_t n = 0; n < columns; n += 16)
+        store(d + n, over(load(d + n), whole));
+    d[target] -= 1.0f;
+    for (int64_t n = 0; n < columns; n += 16)
+        store(d + n, times(load(d + n), all(scale)));
+}
+
+/* d = d loss / d a of a batch, each example by its scale, both [rows, columns]. */
+FOR_VARIANT static void VARIANT(loss_slope)(float *d, const float *a, int64_t rows, int64_t columns,
+                                            const chain_t *chain, const int64_t *example, const float *scale) {
+    int64_t stride = padded(columns);
+    for (int64_t m = 0; m < rows; m++, d += stride, a += stride) {
+        if (chain->loss == CROSS_ENTROPY) {
+            VARIANT(cross_entropy_slope)(d, a, columns, ((const int64_t *)chain->targets)[example[m]], scale[m]);
+            continue;
+        }
+        LANES value = load(a), target = all(((const float *)chain->targets)[example[m]]);
+        if (chain->loss == BINARY)
+            value = over(all(1.0f), add(all(1.0f), VARIANT(exponential)(times(value, all(-1.0f)))));
+        store(d, times(subtract(value, target), all(scale[m])));
+    }
+}
+
+/* ---- steps ------------------------------------------------------------------------------------------ */
+
+/* One step, or with `out` one gradient, of one client with parameters x, over `size` examples. */
+FOR_VARIANT static void VARIANT(step)(const chain_t *chain, float *x, float *out, const int64_t *example,
+                                      const float *scale, int64_t size, scratch_t *scratch) {
+    const int64_t last = chain->layers - 1, width = chain->layer[0].inputs;
+    for (int64_t m = 0; m < size; m++)
+        scratch->rows[0][m] = chain->inputs + example[m] * width;
+    for (int64_t l = 0; l <= last; l++) {
+        const layer_t *layer = chain->layer + l;
+        VARIANT(product)(scratch->rows[l], size, x + layer->weight, layer->outputs, layer->inputs, scratch->after[l],
+                         padded(layer->outputs));
+        VARIANT(activate)(scratch->after[l], size, layer->outputs, layer->bias < 0 ? 0 : x + layer->bias,
+                          layer->activation);
+    }
+    VARIANT(loss_slope)(scratch->slope[last], scratch->after[last], size, chain->layer[last].outputs, chain, example,
+                        scale);
+    for (int64_t l = last; l >= 0; l--) {
+        const layer_t *layer = chain->layer + l;
+        const int64_t inputs = layer->inputs, outputs = layer->outputs, stride = padded(outputs);
+        float *d = scratch->slope[l], *weight = x + layer->weight;
+        VARIANT(backward)(d, scratch->after[l], size, outputs, layer->activation);
+        if (l) {
+            for (int64_t n = 0; n < outputs; n++)
+                scratch->weights[n] = weight + n * inputs;
+            VARIANT(write_sums)(d, stride, 1, outputs, scratch->weights, size, inputs, scratch->slope[l - 1],
+                                padded(inputs));
+        }
+        const float *one = scratch->ones;
+        if (out) {
+            VARIANT(write_sums)(d, 1, stride, size, scratch->rows[l], outputs, inputs, out + layer->weight, inputs);
+        } else {
+            VARIANT(take_off_sums)(d, 1, stride, size, scratch->rows[l], outputs, inputs, weight, inputs);
+        }
+        if (layer->bias >= 0) {
+            for (int64_t m = 0; m < size; m++)
+                scratch->slopes[m] = d + m * stride;
+            if (out) {
+                VARIANT(write_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, out + layer->bias, 0);
+            } else {
+                VARIANT(take_off_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, x + layer->bias, 0);
+            }
+        }
+    }
+}
+
+/* |a|: the squares added in stretches of 4,096, so that a long vector loses no digits. */
+FOR_VARIANT static float VARIANT(norm)(const float *a, int64_t length) {
+    LANES total = all(0.0f);
+    for (int64_t first = 0; first < length; first += 4096) {
+        const int64_t end = VARIANT(least)(first + 4096, length);
+        LANES part = all(0.0f);
+        for (int64_t i = first; i < end; i += 16) {
+            LANES value = load_some(a + i, (int)VARIANT(least)(end - i, 16));
+            part = fused(value, value, part);
+        }
+        total = add(total, part);
+    }
+    return sqrtf(sum(total));
+}
+
+/* x <- x - rate * v with v <- momentum * v + g, g the gradient clipped, with what the penalties add. */
+FOR_VARIANT static void VARIANT(follow)(float *x, const float *gradient, const float *start, float *velocity,
+                                        float rate, const extras_t *extras, int64_t length) {
+    const float norm = extras->clip < INFINITY ? VARIANT(norm)(gradient, length) : 0.0f;
+    const LANES shrunk = all(norm > extras->clip ? extras->clip / norm : 1.0f), minus = all(-1.0f);
+    const LANES decay = all(extras->weight_decay), prox = all(extras->prox), momentum = all(extras->momentum),
+                down = all(-rate);
+    for (int64_t i = 0; i < length; i += 16) {
+        const int some = (int)VARIANT(least)(length - i, 16);
+        const LANES here = load_some(x + i, some);
+        LANES g = times(load_some(gradient + i, some), shrunk);
+        if (extras->weight_decay)
+            g = fused(decay, here, g);
+        if (extras->prox)
+            g = fused(prox, fused(minus, load_some(start + i, some), here), g);
+        if (velocity) {
+            g = fused(momentum, load_some(velocity + i, some), g);
+            store_some(velocity + i, some, g);
+        }
+        store_some(x + i, some, fused(down, g, here));
+    }
+}
+
+/* All the work of one client after another. */
+FOR_VARIANT static void VARIANT(train)(const chain_t *chain, const work_t *work, scratch_t *scratch) {
+    const int64_t size = work->size, length = chain->parameters;
+    for (int64_t client = 0; client < work->clients; client++) {
+        float *x = work->x + client * work->x_stride, *out = work->out ? work->out + client * work->out_stride : 0;
+        float *velocity = work->velocity ? work->velocity + client * work->x_stride : 0;
+        const float *start = work->start + client * work->start_stride;
+        if (work->first)
+            memcpy(x, start, (size_t)length * sizeof *x);
+        for (int64_t step = 0; step < work->steps && client < work->running[step]; step++) {
+            const int64_t at = (step * work->clients + client) * size;
+            const float *scale = work->scale + at;
+            if (work->extras) {
+                VARIANT(step)(chain, x, scratch->gradient, work->rows + at, scale, size, scratch);
+                VARIANT(follow)(x, scratch->gradient, start, velocity, work->rate[client], work->extras, length);
+                continue;
+            }
+            if (work->rate) {
+                for (int64_t m = 0; m < size; m++)
+                    scratch->scale[m] = scale[m] * work->rate[client];
+                scale = scratch->scale;
+            }
+            VARIANT(step)(chain, x, out, work->rows + at, scale, size, scratch);
+        }
+        for (int64_t i = 0; work->last && i < length; i += 16) {
+            const int some = (int)VARIANT(least)(length - i, 16);
+            store_some(x + i, some, subtract(load_some(x + i, some), load_some(start + i, some)));
+        }
+    }
+}
+
+#undef load
+#undef load_some
+#undef store
+#undef store_some
+#undef all
+#undef add
+#undef subtract
+#undef times
+#undef over
+#undef fused
+#undef larger
+#undef smaller
+#undef at_most
+#undef with_sign
+#undef rounded
+#undef power_of_two
+#undef sum
+#undef UNROLL
+#undef EACH_ROWS
+#undef EACH_TILE
+#undef TILE_ROWS
+#undef TILE_BLOCKS
+#undef LANES
+#undef VARIANT
+#undef FOR_VARIANT
+#undef HERE
