@@ -12,7 +12,7 @@ from fedsim.rng import Randomness
 from fedsim.training.base import Result, SelfTrained, Sizes, Trainer, Work, out_of_memory
 from fedsim.training.general import GeneralTrainer
 from fedsim.training.stacked import StackedTrainer
-from fedsim.training.vmapped import Vmapped, VmapTrainer
+from fedsim.training.vmapped import VmapTrainer
 
 __all__ = [
     "GeneralTrainer", "Result", "SelfTrained", "Sizes", "StackedTrainer", "Trainer", "VmapTrainer", "Work",
@@ -35,7 +35,8 @@ def trainer_for(
         return StackedTrainer(problem, jobs, randomness)
     if problem.chain() is not None:
         return StackedTrainer(problem, jobs, randomness, device)
-    network = None if device.type == "cpu" else problem.network()  # a CPU is slower on stacks than client by client
-    if network is not None and Vmapped(network, device).takes():
-        return VmapTrainer(problem, jobs, randomness, device)
+    if device.type != "cpu" and problem.network() is not None:  # a CPU is slower on stacks than client by client
+        stacked = VmapTrainer(problem, jobs, randomness, device)
+        if stacked.takes():
+            return stacked
     return GeneralTrainer(problem, jobs, randomness, device)
