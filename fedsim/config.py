@@ -6,21 +6,24 @@ model or problem needs no schema of its own. Whatever is wrong comes out as one 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep
+from hydra.core.override_parser.types import Glob, IntervalSweep
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -83,12 +86,43 @@ def compose_run(overrides: Sequence[str], folder: Path) -> tuple[dict[str, Any],
     extra = search_path(folder)
     register_strategies(folder)
     config = _composed([*extra, *overrides], [*extra, *overrides])
-    choices = {
+    return plain(config), chosen(config.hydra.runtime.choices)
+
+
+def compose_runs(members: Iterable[Sequence[str]], folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """As :func:`compose_run` for each of several runs; those with the same choices are composed once.
+
+    Raises:
+        ConfigError: for anything Hydra or OmegaConf refuses.
+    """
+    parser, extra = OverridesParser.create(), search_path(folder)
+    register_strategies(folder)
+    plain_keys = {str(key) for key in OmegaConf.load(config_folder() / f"{CONFIG_NAME}.yaml")} - {"defaults", "hydra"}
+    composed: dict[tuple[str, ...], DictConfig] = {}
+    for member in members:
+        parsed = parser.parse_overrides(list(member))
+        # No value has a say in what is chosen: Hydra sets them all after it has put the choices together.
+        keys = [one.key_or_group for one in parsed]
+        sets = [key in plain_keys or ("." in key and not key.startswith("hydra.")) for key in keys]
+        choice = tuple(one for one, value in zip(member, sets, strict=True) if not value)
+        if choice not in composed:
+            composed[choice] = _composed([*extra, *choice], [*extra, *member])
+        config = copy.deepcopy(composed[choice])
+        try:
+            ConfigLoaderImpl._apply_overrides_to_config(list(compress(parsed, sets)), config)
+        except (HydraException, OmegaConfBaseException):
+            yield compose_run(member, folder)  # which says what is wrong
+        else:
+            yield plain(config), chosen(config.hydra.runtime.choices)
+
+
+def chosen(choices: Mapping[Any, Any]) -> dict[str, str]:
+    """The choice in each of our groups that has one, from Hydra's ``hydra.runtime.choices``."""
+    return {
         str(group): str(choice)
-        for group, choice in config.hydra.runtime.choices.items()
+        for group, choice in choices.items()
         if group in GROUPS and choice is not None and choice != "null"
     }
-    return plain(config), choices
 
 
 def compose_single(overrides: Sequence[str], folder: Path, instead: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -98,7 +132,7 @@ def compose_single(overrides: Sequence[str], folder: Path, instead: str) -> tupl
         ConfigError: for several values too, with what to do ``instead``.
     """
     for each in overrides:
-        if len(expand([each])) > 1:
+        if len(expand(spelt_out([each], folder))) > 1:
             raise ConfigError(f"{each}: several values are a sweep, {instead}")
     return compose_run(overrides, folder)
 
@@ -216,6 +250,32 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     except (HydraException, AssertionError, ValueError) as error:
         raise ConfigError(f"{' '.join(overrides)}: cannot be swept ({_one_line(error)}); list the values") from None
     return [list(member) for batch in batches for member in batch]
+
+
+def spelt_out(overrides: Sequence[str], folder: Path) -> list[str]:
+    """The overrides, with the choices that each ``GROUP=glob(...)`` matches in its place: ``GROUP=one,other``.
+
+    Raises:
+        ConfigError: if one cannot be read, is of something without choices, or matches none of them.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override}: cannot be read as key=value") from None
+    found = []
+    for text, each in zip(overrides, parsed, strict=True):
+        pattern, group = each.value(), each.key_or_group
+        if not isinstance(pattern, Glob):
+            found.append(text)
+            continue
+        if group not in GROUPS:
+            raise ConfigError(f"{text}: glob is for groups of choices, {nearest(group, GROUPS)}")
+        names = sorted(choices(group, folder))
+        matching = pattern.filter(names)
+        if not matching:
+            raise ConfigError(f"{text}: matches no choice, allowed: {', '.join(names)}")
+        found.append(f"{text.partition('=')[0]}={','.join(matching)}")
+    return found
 
 
 def swept_values(overrides: Sequence[str]) -> dict[str, list[str]]:

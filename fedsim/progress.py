@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
     from fedsim.simulation import Simulation
+
+Each = TypeVar("Each")
 
 REFRESH_SECONDS = 0.1
 HEADLINES = ["accuracy", "distance", "loss"]
@@ -114,6 +116,12 @@ class LiveProgress:
         """Show that so much of the run is over, from 0 to 1, and where it is."""
         if self._progress is not None:
             self._progress.update(self._task, completed=share, state=state)
+
+    def through(self, things: Sequence[Each], what: str) -> Iterator[Each]:
+        """The things one after another, shown as ``what 3 of 60``."""
+        for number, thing in enumerate(things):
+            self.show(number / len(things), f"{what} {number + 1} of {len(things)}")
+            yield thing
 
     def say(self, line: str) -> None:
         """Print a line on the standard error stream, above the live one."""

@@ -1,4 +1,4 @@
-"""``fedsim run`` and ``fedsim resume``: one run, or a sweep by Hydra's own multirun."""
+"""``fedsim run`` and ``fedsim resume``: one run, or a sweep."""
 
 from __future__ import annotations
 

@@ -148,6 +148,52 @@ def test_target_from_the_data_is_the_largest_multiple_every_group_reaches(tmp_pa
     assert all(report.summarise(label, members, question).reached for label, members in groups.items())
 
 
+@pytest.mark.parametrize(
+    "diverged",
+    [
+        {"accuracy": [0.11, 0.15, 0.1]},
+        {"accuracy": [0.11, 0.15, math.nan]},
+        {"accuracy": [0.11, 0.15, 0.12], "loss": [2.3, 9.0, math.inf]},
+        {"accuracy": [0.11, 0.15, 0.12], "val_loss": [2.3, 9.0, math.nan]},
+    ],
+    ids=["worse", "no number", "infinite loss", "no loss"],
+)
+def test_runs_that_diverged_do_not_choose_the_target(tmp_path: Path, diverged: dict[str, list[float]]) -> None:
+    well = {"accuracy": [0.1, 0.5, 0.73], "loss": [2.3, 2.0, 2.4], "val_loss": [2.3, 2.0, 2.4]}
+    write_run(tmp_path / "a", table=well)
+    write_run(tmp_path / "b", table={"loss": [2.3] * 3, "val_loss": [2.3] * 3, **diverged}, strategy=FEDBUFF)
+    groups = groups_of(tmp_path)
+    question = report.ask(groups)
+    assert (question.target, question.chosen) == (0.7, True)
+    assert [report.summarise(label, members, question).reached for label, members in groups.items()] == [1, 0]
+    # A seed that went well speaks for its group again.
+    write_run(tmp_path / "c", seed=1, table=well | {"accuracy": [0.1, 0.44, 0.42]}, strategy=FEDBUFF)
+    assert report.ask(groups_of(tmp_path)).target == 0.4
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "target"),
+    [([0.1, 0.14, 0.14], None), ([0.1, 0.15, 0.14], 0.15), ([0.15, 0.19, 0.17], None), ([0.15, 0.2, 0.17], 0.2)],
+)
+def test_a_target_met_before_the_first_step_is_none(
+    tmp_path: Path, accuracy: list[float], target: float | None
+) -> None:
+    write_run(tmp_path / "a", table={"accuracy": accuracy})
+    write_run(tmp_path / "b", table={"accuracy": [0.02, 0.5, 0.9]}, strategy=FEDBUFF)
+    question = report.ask(groups_of(tmp_path))
+    assert (question.target, question.chosen) == (target, target is not None)
+
+
+def test_a_target_met_by_the_first_results_is_one_where_nobody_looked_before(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", table={"accuracy": [0.5, 0.54, 0.53], "up_bytes": [1, 2, 3]})
+    assert report.ask(groups_of(tmp_path)).target == 0.5
+
+
+def test_runs_that_all_diverged_have_no_target(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", table={"accuracy": [0.2, 0.9, 0.1]})
+    assert report.ask(groups_of(tmp_path)).target is None
+
+
 def test_target_is_compared_in_stored_precision(tmp_path: Path) -> None:
     groups = groups_of(write_run(tmp_path / "a", table={"accuracy": np.array([0.1, 0.7], dtype=np.float32)}))
     assert report.first_reaching(groups["fedavg"][0], report.ask(groups, target=0.7)) == 1

@@ -19,6 +19,8 @@ import pytest
 from fedsim.checks import ConfigError
 from fedsim.cli import main
 from fedsim.record import RunDirectory
+from fedsim.sweeps.index import Index
+from fedsim.sweeps.members import NEW
 from fedsim.sweeps.processes import Member, Sweep
 
 QUICK = ["problem=quadratic", "clients=8", "cohort=2", "rounds=2", "strategy=fedbuff"]
@@ -179,25 +181,15 @@ def test_an_interrupted_sweep_goes_on_where_it_was(folder: Path) -> None:
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
-def test_an_interrupted_sweep_composes_no_other_member(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked: list[str] = []
-
-    def stopped(sweep: Sweep, member: Member) -> None:
-        asked.append(member.name)
-        sweep._stop(signal.SIGINT, None)
-
-    def heeded(sweep: Sweep) -> None:
-        asked.append("heed")
-        heed(sweep)
-
-    heed = Sweep.heed
-    monkeypatch.setattr(Sweep, "start", stopped)
-    monkeypatch.setattr(Sweep, "heed", heeded)
-    assert main(["run", "-m", *QUICK, "seed=range(3)", "out=sweep"]) == 128 + signal.SIGINT
-    assert asked == ["heed", "seed0", "heed"]
-    assert "interrupted; go on with the same command and out=sweep" in capsys.readouterr().err
+def test_a_sweep_that_is_told_to_stop_begins_nothing_more(folder: Path) -> None:
+    began = []
+    with Sweep(folder / "sweep", 2, Index(folder / "sweep", []), 1) as running:
+        signal.raise_signal(signal.SIGINT)
+        running.start(Member("seed0", {}, {}, NEW))
+        began.append("seed0")
+    assert running.interrupted == signal.SIGINT
+    assert not began
+    assert not (folder / "sweep").exists()
 
 
 def unlocked(member: Path) -> bool:

@@ -47,8 +47,8 @@ def ask(groups: Groups, *, metric: str | None = None, target: float | None = Non
     """Choose metric and target where the user has not.
 
     Target: the argument; else the configured one if all runs share it and it speaks of this metric; else, for
-    accuracy, the largest multiple of 0.05 that at least one run of every group reaches. Runs that learn nothing
-    are asked for the rounds that all of them have made. Raises :class:`ConfigError`.
+    accuracy, the largest multiple of 0.05 that at least one run of every group reaches, see :func:`_within_reach`.
+    Runs that learn nothing are asked for the rounds that all of them have made. Raises :class:`ConfigError`.
     """
     runs = [run for members in groups.values() for run in members]
     common = [name for name in runs[0].metrics.columns if all(run.measures(str(name)) for run in runs)]
@@ -70,12 +70,38 @@ def ask(groups: Groups, *, metric: str | None = None, target: float | None = Non
     # The configured target speaks of accuracy, or of distance where there is one, and of nothing else.
     if shared is not None and metric.removeprefix("val_") in ("accuracy", "distance"):
         return Question(metric, judged, number("target", shared), chosen=False)
-    if _rising(metric):
-        tops = [max(float(np.nanmax(run.column(judged))) for run in members) for members in groups.values()]
-        for twentieth in range(20, 0, -1):  # n / 20 is the double nearest to the multiple of 0.05, n * 0.05 is not
-            if min(tops) >= twentieth / 20:
-                return Question(metric, judged, twentieth / 20, chosen=True)
-    return Question(metric, judged, None, chosen=False)
+    within = _within_reach(groups, judged) if _rising(metric) else None
+    return Question(metric, judged, within, chosen=within is not None)
+
+
+def _within_reach(groups: Groups, judged: str) -> float | None:
+    """The largest multiple of 0.05 that every group reaches and no run has met before its first step; None without one.
+
+    Runs that diverged have no say in what is reached, nor have groups of nothing else.
+    """
+    sound = [[run for run in members if not _diverged(run, judged)] for members in groups.values()]
+    tops = [max(float(np.nanmax(run.column(judged))) for run in members) for members in sound if members]
+    starts = [_start(run, judged) for members in groups.values() for run in members]
+    met = max((start for start in starts if np.isfinite(start)), default=-np.inf)
+    for twentieth in range(20, 0, -1):  # n / 20 is the double nearest to the multiple of 0.05, n * 0.05 is not
+        if tops and min(tops) >= twentieth / 20 > met:
+            return twentieth / 20
+    return None
+
+
+def _diverged(run: RunRecord, judged: str) -> bool:
+    """Whether a run ends with a value that is not finite or worse than at the start, or with a loss that is not finite.
+
+    The accuracy of a model of NaN is a number, and may be as good as the first model's.
+    """
+    losses = [name for name in ("loss", "val_loss") if run.measures(name)]
+    last = [float(run.column(name)[-1]) for name in (judged, *losses)]
+    return not np.isfinite(last).all() or last[0] < _start(run, judged)
+
+
+def _start(run: RunRecord, judged: str) -> float:
+    """The value before the first result had come; NaN if nobody looked."""
+    return float(run.column(judged)[0]) if run.column("up_bytes")[0] == 0 else np.nan
 
 
 def first_reaching(run: RunRecord, question: Question) -> int | None:

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fedsim.assemble import new_folder
 from fedsim.checks import ConfigError, Interrupted, one_of
-from fedsim.config import compose_run, expand, plain
+from fedsim.config import compose_runs, expand, spelt_out
+from fedsim.progress import LiveProgress
 from fedsim.sweeps.index import Index
 from fedsim.sweeps.members import COMPLETE, check_members, member_names, names_there, value
-from fedsim.sweeps.multirun import chosen_in, hydra_main, quoted
+from fedsim.sweeps.multirun import leave_multirun
 from fedsim.sweeps.processes import Member, Sweep, tell_failed
 
 SWEEPER = "hydra/sweeper"
-SWEEPERS = ("basic", "optuna")
+HYDRAS = {SWEEPER: ("basic", "optuna"), "hydra/launcher": ("basic",)}
+"""What may be chosen of Hydra's own: processes are ours, so another launcher has nothing to launch."""
 
 
 def sweep(overrides: Sequence[str], jobs: int | None) -> int:
@@ -33,8 +34,11 @@ def sweep(overrides: Sequence[str], jobs: int | None) -> int:
         ConfigError: before anything is written, if any member cannot run.
         Interrupted: after a signal, once every running member has saved itself.
     """
-    chosen = [one.partition("=")[2] for one in overrides if one.partition("=")[0] == SWEEPER]
-    if chosen and one_of(SWEEPER, chosen[-1], SWEEPERS) == "optuna":
+    overrides = spelt_out(overrides, Path.cwd())
+    given = dict(one.partition("=")[::2] for one in overrides)
+    for key in HYDRAS.keys() & given.keys():
+        one_of(key, given[key], HYDRAS[key])
+    if given.get(SWEEPER) == "optuna":
         from fedsim.sweeps.search import search
 
         return search(overrides, jobs)
@@ -43,32 +47,23 @@ def sweep(overrides: Sequence[str], jobs: int | None) -> int:
     if "out" in varied:
         raise ConfigError(f"out={value(members[0], 'out')}: a sweep has one directory, its members lie in it")
     names = member_names(members, varied)
-    composed = [compose_run(member, Path.cwd()) for member in members]
-    given = composed[0][0]["out"]
-    folder = None if given is None else Path(str(given))
-    if folder is not None:
-        names = names_there(composed, names, folder)
-    states = check_members(composed, names, folder)
+    with LiveProgress(f"sweep of {len(members)}") as progress:
+        composed = list(compose_runs(progress.through(members, "composing"), Path.cwd()))
+        out = composed[0][0]["out"]
+        folder = None if out is None else Path(str(out))
+        if folder is not None:
+            names = names_there(composed, names, folder)
+        states = check_members(progress.through(composed, "checking"), names, folder)
     jobs = jobs or at_a_time([choices for _, choices in composed])
     folder = folder or new_folder()
     index = Index(folder, overrides)
     for name, state, (config, choices) in zip(names, states, composed, strict=True):
         index.add(name, config, choices, "complete" if state == COMPLETE else "waiting")
-    rest = [each for each in overrides if each.partition("=")[0] != "out"]
+    leave_multirun(folder, [each for each in overrides if each.partition("=")[0] != "out"])
     with Sweep(folder, jobs, index, len(names) - states.count(COMPLETE)) as running:
-
-        def member(config: Any) -> None:
-            """Hydra's task function: starts one member as soon as there is room for it."""
-            from hydra.core.hydra_config import HydraConfig
-
-            running.heed()  # else Hydra would compose all the others before it ends
-            job = HydraConfig.get()
-            number = int(job.job.num)
-            if states[number] != COMPLETE:
-                running.start(Member(names[number], plain(config), chosen_in(job), states[number]))
-
-        place = [f"hydra.sweep.dir={quoted(folder)}", "hydra.sweep.subdir=."]
-        hydra_main(["--multirun", *place, *rest], member)
+        for name, state, (config, choices) in zip(names, states, composed, strict=True):
+            if state != COMPLETE:
+                running.start(Member(name, config, choices, state))
     if running.interrupted:
         raise Interrupted(f"interrupted; go on with the same command and out={folder}", running.interrupted)
     failed = [name for name in names if running.statuses.get(name)]

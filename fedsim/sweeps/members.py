@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ NEW, AFRESH, RESUMED, COMPLETE = "new", "afresh", "resumed", "complete"
 """What becomes of a member: it begins, begins anew in place of what was stopped, goes on, or is left alone."""
 
 
-def check_members(composed: list[Composed], names: list[str], folder: Path | None) -> list[str]:
+def check_members(composed: Iterable[Composed], names: list[str], folder: Path | None) -> list[str]:
     """Build every member, load every data set once, and see what there is of each member already.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Hydra's own multirun: it expands, composes, and hands over every member."""
+"""Hydra's own multirun, for its sweepers and for shell completion, and the file that it leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsim.config import CONFIG_MODULE, CONFIG_NAME, GROUPS, register_strategies, search_path
+from fedsim.config import CONFIG_MODULE, CONFIG_NAME, register_strategies, search_path
 
 
 def hydra_main(arguments: Sequence[str], task: Callable[[Any], Any]) -> None:
@@ -28,15 +28,23 @@ def hydra_main(arguments: Sequence[str], task: Callable[[Any], Any]) -> None:
     hydra.main(version_base="1.3", config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME)(called)()
 
 
+def leave_multirun(folder: Path, overrides: Sequence[str]) -> None:
+    """Write ``multirun.yaml``, which Hydra leaves in the folder of a sweep: what was asked for, and by which Hydra."""
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    own = ["hydra.mode=MULTIRUN", f"hydra.sweep.dir={quoted(folder)}", "hydra.sweep.subdir=.", *search_path(Path.cwd())]
+    GlobalHydra.instance().clear()
+    with initialize_config_module(CONFIG_MODULE, job_name="fedsim", version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        config = hydra.compose_config(CONFIG_NAME, [*own, *overrides], RunMode.MULTIRUN)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, folder / "multirun.yaml")
+
+
 def quoted(path: Path) -> str:
     """A path as Hydra reads it back, whatever it holds."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'").replace("${", "\\${") + "'"
-
-
-def chosen_in(job: Any) -> dict[str, str]:
-    """The choice in every group, from Hydra's own part of a configuration."""
-    return {
-        str(group): str(choice)
-        for group, choice in job.runtime.choices.items()
-        if group in GROUPS and choice is not None and choice != "null"
-    }

@@ -19,11 +19,11 @@ import numpy as np
 
 from fedsim.assemble import Assembly, new_folder
 from fedsim.checks import ConfigError, Interrupted
-from fedsim.config import compose_run, plain, swept_values
+from fedsim.config import chosen, compose_runs, plain, swept_values
 from fedsim.identity import config_sha256
 from fedsim.sweeps.index import Index
 from fedsim.sweeps.members import COMPLETE, Composed, check_members, hashes_in, member_names, state_of
-from fedsim.sweeps.multirun import chosen_in, hydra_main, quoted
+from fedsim.sweeps.multirun import hydra_main, quoted
 from fedsim.sweeps.processes import Member, Sweep, tell_failed
 
 EXTRA = "pip install -c constraints.txt '.[optuna]'"
@@ -59,7 +59,7 @@ def search(overrides: Sequence[str], jobs: int | None) -> int:
             raise ConfigError(f"{key}={given[key]}: must be one value, Optuna would choose among several")
     if not tried:
         raise ConfigError("hydra/sweeper=optuna: nothing to choose; write local.lr=interval(0.01,0.3), say")
-    composed = [compose_run(probe, Path.cwd()) for probe in probes(own)]
+    composed = list(compose_runs(probes(own), Path.cwd()))
     config = composed[0][0]
     folder = None if config["out"] is None else Path(str(config["out"]))
     _check(composed, folder)
@@ -170,7 +170,7 @@ class Trials:
         overrides = [str(each) for each in job.overrides.task]
         name = self._name(config_sha256(values), overrides)
         if name not in self.about:
-            choices = chosen_in(job)
+            choices = chosen(job.runtime.choices)
             self.about[name] = ", ".join(one for one in overrides if one.partition("=")[0] in self.keys)
             path = self.running.folder / name
             state = state_of(Assembly({**values, "out": str(path)}, choices), path)

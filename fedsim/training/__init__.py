@@ -14,7 +14,7 @@ from fedsim.training.base import Result, SelfTrained, Sizes, Trainer, Work, out_
 from fedsim.training.general import GeneralTrainer
 from fedsim.training.native import instruction_sets
 from fedsim.training.stacked import StackedTrainer
-from fedsim.training.vmapped import Vmapped, VmapTrainer
+from fedsim.training.vmapped import VmapTrainer
 
 __all__ = [
     "KERNELS", "GeneralTrainer", "Result", "SelfTrained", "Sizes", "StackedTrainer", "Trainer", "VmapTrainer", "Work",
@@ -56,7 +56,8 @@ def trainer_for(
         return StackedTrainer(problem, jobs, randomness)
     if problem.chain() is not None:
         return StackedTrainer(problem, jobs, randomness, device, kernel_for(kernel))
-    network = None if device.type == "cpu" else problem.network()  # a CPU is slower on stacks than client by client
-    if network is not None and Vmapped(network, device).takes():
-        return VmapTrainer(problem, jobs, randomness, device)
+    if device.type != "cpu" and problem.network() is not None:  # a CPU is slower on stacks than client by client
+        stacked = VmapTrainer(problem, jobs, randomness, device)
+        if stacked.takes():
+            return stacked
     return GeneralTrainer(problem, jobs, randomness, device)

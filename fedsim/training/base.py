@@ -151,19 +151,19 @@ def finite_rows(stacks: Mapping[str, Tensor], count: int) -> list[bool | None]:
 
 def failure(rule: LocalSGD, work: Work, step: int, group: int, error: BaseException) -> Result:
     """The result of a task whose client code raised in a local step, counted from 1."""
-    no_memory = _no_memory(error)
-    text = f"{out_of_memory(group)} ({said(error)})" if no_memory else said(error)
+    fatal = no_memory(error)
+    text = f"{out_of_memory(group)} ({said(error)})" if fatal else said(error)
     task_error = TaskError(
         f"{type(rule).__name__} raised {type(error).__name__}: {text} "
         f"(client {work.client}, task {work.task}, job '{work.job}', local step {step})",
         work.task,
-        fatal=no_memory,
+        fatal=fatal,
     )
     task_error.__cause__ = error
     return Result({}, {}, 0, group, error=task_error)
 
 
-def _no_memory(error: BaseException) -> bool:
+def no_memory(error: BaseException) -> bool:
     """Whether an allocation failed. PyTorch's allocator of main memory has no exception class of its own."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True

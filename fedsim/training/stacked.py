@@ -18,7 +18,18 @@ from torch import Tensor
 from fedsim.local import Context, Extras, LocalSGD
 from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
-from fedsim.training.base import Result, Trainer, Work, divided, failure, finite_rows, moved, stacked_tensors, unstacked
+from fedsim.training.base import (
+    Result,
+    Trainer,
+    Work,
+    divided,
+    failure,
+    finite_rows,
+    moved,
+    no_memory,
+    stacked_tensors,
+    unstacked,
+)
 from fedsim.training.batches import Batch, Rows, StackBatches, padded_size
 from fedsim.training.closed_form import ClosedForm
 from fedsim.training.devices import reproducible
@@ -251,7 +262,12 @@ class StackedTrainer(Trainer):
     def _train_alike(self, works: list[Work]) -> list[Result]:
         """The results of tasks that may share a stack, the longest first, in as few stacks as may be."""
         rule, batches = self.jobs[works[0].job], self._batches(works)
-        most = self._lanes(rule, batches.padded)
+        try:
+            most = self._lanes(rule, batches.padded)
+        except Exception as error:
+            if not no_memory(error):
+                raise
+            return [failure(rule, work, 1, 1, error) for work in works]
         lanes = -(-len(works) // -(-len(works) // most))  # about equally large
         results: list[Result] = []
         for part in batches.parts(lanes):

@@ -91,5 +91,10 @@ class VmapTrainer(StackedTrainer):
         assert network is not None
         return network.rows, Vmapped(network, self.device)
 
+    def takes(self) -> bool:
+        """Whether the problem's module can be trained as a stack."""
+        assert isinstance(self.form, Vmapped)
+        return self.form.takes()
+
     def _is_invariant(self) -> bool:
         return False
