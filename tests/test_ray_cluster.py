@@ -30,6 +30,18 @@ from fedsim.system.network import Constant
 STRATEGIES = {"fedavg": FedAvg, "fedbuff": FedBuff, "fedasync": FedAsync}
 
 
+@pytest.fixture(autouse=True)
+def all_that_is_submitted_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks as short as these would soon be trained by the driver itself: see test_pool_trips.py."""
+    monkeypatch.setattr("fedsim.pool.ray.Trips.are_worth_it", lambda *_: True)
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers as on another machine, who reach nothing of the driver's."""
+    monkeypatch.setattr("fedsim.pool.crew.new_region", lambda: None)
+
+
 class Slow(fedsim.LocalSGD):
     """Takes long enough for something to happen meanwhile."""
 
@@ -242,6 +254,7 @@ def two_nodes() -> Iterator[Cluster]:
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("ray")
+@pytest.mark.usefixtures("far")
 def test_two_nodes_do_not_show(two_nodes: Cluster) -> None:
     for strategy in STRATEGIES:
         inline = run(InlinePool(), strategy)

@@ -19,7 +19,6 @@ import fedsim
 from fedsim.pool import InlinePool, Pool
 from fedsim.pool.connection import _refuse_silent
 from fedsim.pool.ray import RayPool
-from fedsim.pool.worker import Worker
 from fedsim.rng import Randomness
 from fedsim.strategies.fedasync import FedAsync
 from fedsim.strategies.fedavg import FedAvg
@@ -63,6 +62,18 @@ def cluster() -> Iterator[None]:
     yield
     assert ray.is_initialized()
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def all_that_is_submitted_travels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks as short as these would soon be trained by the driver itself: see test_pool_trips.py."""
+    monkeypatch.setattr("fedsim.pool.ray.Trips.are_worth_it", lambda *_: True)
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers as on another machine, who reach nothing of the driver's."""
+    monkeypatch.setattr("fedsim.pool.crew.new_region", lambda: None)
 
 
 def run(pool: Pool, strategy: str = "fedbuff", rounds: int = 3, local: fedsim.LocalSGD | None = None) -> fedsim.Run:
@@ -126,6 +137,11 @@ def test_workers_and_groups_do_not_show() -> None:
     assert hashes(run(RayPool(2, group=2), "message")) == hashes(run(InlinePool(), "message"))
 
 
+@pytest.mark.usefixtures("cluster", "far")
+def test_whether_workers_reach_the_drivers_memory_does_not_show() -> None:
+    assert hashes(run(RayPool(2, group=2), "message")) == hashes(run(InlinePool(), "message"))
+
+
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).contiguous().view(torch.uint8)
 
@@ -139,7 +155,12 @@ class Echo(fedsim.LocalSGD):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_tensors_of_every_precision_come_back_to_the_bit(opened: Callable[..., RayPool]) -> None:
+@pytest.mark.parametrize("way", ["near", "far"])
+def test_tensors_of_every_precision_come_back_to_the_bit(
+    way: str, opened: Callable[..., RayPool], request: pytest.FixtureRequest
+) -> None:
+    if way == "far":
+        request.getfixturevalue("far")
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)  # every bfloat16 there is, NaNs included
     message = {
         "brain": patterns.view(torch.bfloat16),
@@ -247,8 +268,12 @@ def test_what_the_allocator_of_torch_says_is_out_of_memory_too() -> None:
 
 def hold_cores(count: int) -> Any:
     """An actor that holds cores which workers would like to have."""
-    actor = ray.remote(Worker).options(num_cpus=count).remote()
-    ray.get(actor.hello.remote())
+
+    class Holder:  # in here it travels by value: no worker could import it
+        def ready(self) -> None: ...
+
+    actor = ray.remote(Holder).options(num_cpus=count).remote()
+    ray.get(actor.ready.remote())
     return actor
 
 
@@ -338,6 +363,9 @@ def test_tasks_of_a_lost_node_go_first_in_their_order(
 class Stillborn:
     """No worker process can import this file."""
 
+    def __init__(self, *given: object) -> None:
+        """Never made."""
+
     def hello(self) -> None:
         """Never asked."""
 
@@ -415,7 +443,7 @@ def test_an_error_in_a_task_nobody_waits_for_ends_no_run(group: int | str) -> No
     assert outcome(InlinePool()) == outcome(RayPool(1, group=group))
 
 
-@pytest.mark.usefixtures("cluster")
+@pytest.mark.usefixtures("cluster", "far")
 def test_the_object_store_holds_no_version_that_nobody_needs() -> None:
     pool = RayPool(2)
     stored: list[int] = []

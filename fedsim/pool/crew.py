@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedsim.checks import ConfigError, SimulationError, said
+from fedsim.pool.regions import Region
 from fedsim.pool.worker import Worker
 
 logger = logging.getLogger("fedsim")
@@ -37,11 +38,21 @@ class Member:
     died: bool = False
     """Whether it has yet to come back from a death of its process."""
     failed_starts: int = 0
+    near: bool = False
+    """Whether it reaches the driver's memory."""
+    regions: list[Region] = field(default_factory=list)
+    """Those that lie idle between the driver and it."""
 
     @property
     def joined(self) -> bool:
         """Whether it can be given work."""
         return self.greeting is None
+
+    def lent(self) -> Region | None:
+        """A region that only it and the driver use, until it is put back; None if there can be none."""
+        if not self.near:
+            return None
+        return self.regions.pop() if self.regions else new_region()
 
 
 @dataclass(slots=True, eq=False)
@@ -67,14 +78,18 @@ class Crew:
         self._gpus = 0.0
         self._ray: Any = None
         self._actor: Any = None
+        self._given: tuple[Any, ...] = ()
+        """What every worker is made of."""
+        self._probe: Region | None = None
         self._hopeless_since: float | None = None
 
-    def hire(self, ray: Any, count: int | None) -> None:
+    def hire(self, ray: Any, count: int | None, shared: Any) -> None:
         """Start the workers, without waiting for them.
 
         Args:
             ray: the ray package, connected.
             count: how many; None takes a worker per core.
+            shared: the reference of what all tasks share.
 
         Raises:
             ConfigError: if Ray has fewer cores or GPUs than the workers need.
@@ -94,11 +109,13 @@ class Crew:
         # Not restarted by Ray, which then would neither say why a worker died (of a lack of memory, say) nor let it
         # go without printing lines about retries. The members do that themselves.
         self._actor = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+        self._probe = new_region()
+        self._given = shared, None if self._probe is None else self._probe.address
         self.members = [Member(number, *self._hired()) for number in range(count)]
 
     def _hired(self) -> tuple[Any, Any]:
         """A new actor, and the reference of its greeting."""
-        actor = self._actor.remote()
+        actor = self._actor.remote(*self._given)
         return actor, actor.hello.remote()
 
     # ---- who is there ----------------------------------------------------------------------------
@@ -138,7 +155,7 @@ class Crew:
                 raise SimulationError(f"Ray worker {member.number} cannot be started: {said(error)}") from error
             self._renew(member)
             return
-        member.node, member.process = place
+        member.node, member.process, member.near = place
         member.greeting, member.failed_starts = None, 0
         if member.died:
             member.died = False
@@ -178,6 +195,7 @@ class Crew:
         self._ray.kill(member.actor)
         member.actor, member.greeting = self._hired()
         member.process = member.load = 0
+        member.near, member.regions = False, []  # its process may still write to them
 
     def check_hope(self) -> None:
         """See that some worker is there or may yet come.
@@ -205,7 +223,15 @@ class Crew:
         """Stop all workers, whatever they are doing."""
         for member in self.members:
             self._ray.kill(member.actor)
-        self.members = []
+        self.members, self._given, self._probe = [], (), None
+
+
+def new_region() -> Region | None:
+    """Memory that workers of this machine reach; None if there is no such thing here."""
+    try:
+        return Region.create()
+    except OSError:
+        return None
 
 
 def shared_out(gpus: int, workers: int | None) -> tuple[int, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fedsim.checks import TaskError
 from fedsim.training import Result, Work
+
+LARGE = 2**14
+"""Bytes from which on a tensor travels by itself: then to stack it with others costs more than it saves."""
 
 _UNKNOWN_TO_NUMPY = {torch.bfloat16: torch.int16}
 """Dtypes that no array can have, and what their bits travel as."""
@@ -49,14 +52,14 @@ Row: TypeAlias = dict[str, Packed]
 
 @dataclass(slots=True)
 class Parcel:
-    """A :class:`Work` whose shared tensors lie in the object store."""
+    """A :class:`Work` whose shared tensors lie elsewhere."""
 
-    work: Work
-    """The rest of it, without tensors."""
+    numbers: tuple[int, int, int, str, float, int]
+    """Its task, client, nth, job, lr and steps."""
     state: Row
     """The client's own tensors: no other task shares them."""
     start: int
-    """The place of the start vector among the references sent along."""
+    """The place of the start vector among the tensors sent along."""
     message: dict[str, int]
     """The places of the message's tensors."""
 
@@ -64,7 +67,7 @@ class Parcel:
     def of(cls, work: Work, places: Mapping[int, int]) -> Parcel:
         """Pack a work, given the places of its shared tensors by their identity."""
         return cls(
-            work=replace(work, start=torch.empty(0), message={}, state={}),
+            numbers=(work.task, work.client, work.nth, work.job, work.lr, work.steps),
             state={name: Packed.of(tensor) for name, tensor in work.state.items()},
             start=places[id(work.start)],
             message={name: places[id(tensor)] for name, tensor in work.message.items()},
@@ -74,7 +77,8 @@ class Parcel:
         """The work itself, given the shared tensors in their places."""
         message = {name: tensors[place] for name, place in self.message.items()}
         state = {name: packed.unpacked() for name, packed in self.state.items()}
-        return replace(self.work, start=tensors[self.start], message=message, state=state)
+        task, client, nth, job, lr, steps = self.numbers
+        return Work(task, client, nth, job, tensors[self.start], message, state, lr, steps)
 
 
 def shared_tensors(works: Sequence[Work]) -> list[Tensor]:
@@ -88,10 +92,10 @@ def shared_tensors(works: Sequence[Work]) -> list[Tensor]:
 
 @dataclass(slots=True)
 class Results:
-    """The results of a group, tensors of one name stacked ``[group, ...]`` where they agree."""
+    """The results of a group, small tensors of one name stacked ``[group, ...]`` where they agree."""
 
     payload: list[Row]
-    """One row of stacks if all tasks agree in names, shapes and dtypes, else one row for each task."""
+    """One row of stacks if all tasks agree in names, shapes and dtypes of small tensors, else a row for each task."""
     state: list[Row]
     """As ``payload``."""
     steps: list[int]
@@ -122,9 +126,12 @@ class Results:
 
 
 def _stacked(rows: Sequence[Mapping[str, Tensor]]) -> list[Row]:
-    """One row of stacks if all rows agree, else each row by itself."""
+    """One row of stacks if all rows agree and their tensors are small, else each row by itself."""
     kinds = {tuple((name, tuple(each.shape), each.dtype) for name, each in row.items()) for row in rows}
-    if len(kinds) == 1:
+    small = all(each.nbytes < LARGE for row in rows for each in row.values())
+    if len(rows) == 1:
+        return [{name: Packed.of(each.unsqueeze(0)) for name, each in rows[0].items()}]
+    if len(kinds) == 1 and small:
         return [{name: Packed.of(torch.stack([row[name] for row in rows])) for name in rows[0]}]
     return [{name: Packed.of(each) for name, each in row.items()} for row in rows]
 

@@ -7,6 +7,7 @@ die, or be lost with its machine at any time: its groups are trained again, by w
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,13 @@ from fedsim.local import LocalSGD
 from fedsim.pool.base import Pool, device_setting, group_setting, group_size, kernel_setting
 from fedsim.pool.connection import connect, import_ray
 from fedsim.pool.crew import Crew, LostNode, Member
-from fedsim.pool.parcels import Parcel, shared_tensors
+from fedsim.pool.inline import InlinePool
+from fedsim.pool.parcels import Packed, Parcel, Results, shared_tensors
+from fedsim.pool.regions import Letter, Region
 from fedsim.pool.store import TensorStore
+from fedsim.pool.trips import Trips
 from fedsim.pool.usercode import pickled_with_user_code
+from fedsim.pool.worker import Answer
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training import Result, Work, kernel_for, out_of_memory
@@ -48,7 +53,7 @@ class Group:
 
     works: list[Work]
     shared: list[Tensor]
-    """The tensors it needs from the object store."""
+    """The tensors that its tasks share, with one another and with other groups."""
     member: Member | None = None
     """Who trains it."""
     actor: Any = None
@@ -56,17 +61,42 @@ class Group:
     room: int = 1
     """How much of a worker's queue it takes."""
     failures: int = 0
+    region: Region | None = None
+    """Where its tensors travel, there and back; None if through Ray's object store."""
+    sent: float = 0.0
+    """When it was handed to a worker that had nothing else to do, on the clock of ``time.perf_counter``; else NaN."""
 
     def join(self, member: Member) -> None:
         """Take up room in a worker's queue."""
-        self.member, self.actor = member, member.actor
+        self.member, self.actor, self.region = member, member.actor, member.lent()
+        self.sent = math.nan if member.load else time.perf_counter()
         member.load += self.room
 
     def leave(self) -> None:
-        """Give back the room, unless the worker has been started anew since."""
+        """Give back the room and the region, unless the worker has been started anew since."""
         if self.member is not None and self.member.actor is self.actor:
             self.member.load -= self.room
-        self.member = self.actor = None
+            if self.region is not None:
+                self.member.regions.append(self.region)
+        self.member = self.actor = self.region = None
+
+    def sealed(self, parcels: Sequence[Parcel]) -> Letter | None:
+        """All that training needs in its region; None if it has none, or that finds no more memory."""
+        if self.region is None:
+            return None
+        try:
+            return self.region.seal((parcels, [Packed.of(tensor) for tensor in self.shared]))
+        except OSError:
+            self.region = None
+            return None
+
+    def results(self, answer: Answer) -> list[Result]:
+        """What a worker answers, in memory of its own."""
+        results = answer.results
+        if not isinstance(results, Results):
+            assert self.region is not None
+            results = self.region.unsealed(results)
+        return results.unpacked([work.task for work in self.works])
 
     def __str__(self) -> str:
         clients, tasks = [work.client for work in self.works], [work.task for work in self.works]
@@ -112,10 +142,13 @@ class RayPool(Pool):
         self.group = group_setting(group)
         self._ray: Any = None
         self._connected = False
-        self._shared: Any = None
-        """The reference of what all tasks share."""
         self._crew = Crew(0.0 if gpus is None and self.device == "cpu" else gpus)
         self._store = TensorStore()
+        self._own = InlinePool(self.group, kernel=self.kernel)
+        """The driver itself, for what is not worth a trip."""
+        self._trips = Trips()
+        self._waits_since = math.inf
+        """Since when the driver has been waiting, on the clock of ``time.perf_counter``."""
         self._queue: deque[Group] = deque()
         self._running: dict[Any, Group] = {}
         self._results: dict[int, Result] = {}
@@ -150,8 +183,8 @@ class RayPool(Pool):
         self._connected = connect(ray, self.address, self.workers)
         self._ray = ray
         try:
-            self._shared = ray.put(code)
-            self._crew.hire(ray, self.workers)
+            self._crew.hire(ray, self.workers, ray.put(code))
+            self._own.open(problem, jobs, randomness)
         except BaseException:
             self.close()
             raise
@@ -167,7 +200,7 @@ class RayPool(Pool):
         self._results.clear()
         self._due.clear()
         self._store.clear()
-        self._shared = None
+        self._own.close()
         if self._connected:
             ray.shutdown()
             self._connected = False
@@ -175,7 +208,10 @@ class RayPool(Pool):
     # ---- work ------------------------------------------------------------------------------------
 
     def submit(self, works: Sequence[Work]) -> None:
-        """Cut into groups and hand them out, the longest first."""
+        """Cut into groups and hand them out, the longest first; what is not worth the trip is trained here and now."""
+        if works and self.device == "cpu" and not self._trips.are_worth_it(works, self._crew.joined()):
+            self._train(works)
+            return
         self._due.update(work.task for work in works)
         size = self._group_size(works)
         ordered = sorted(works, key=lambda work: (-work.steps, work.task))
@@ -187,6 +223,13 @@ class RayPool(Pool):
             self._store.keep(group.shared)
             self._queue.append(group)
         self._hand_out()
+
+    def _train(self, works: Sequence[Work]) -> None:
+        """Train tasks in the driver."""
+        began = time.perf_counter()
+        self._own.submit(works)
+        self._trips.trained(works, time.perf_counter() - began)
+        self._results.update(self._own.ready([work.task for work in works]))
 
     def _group_size(self, works: Sequence[Work]) -> int:
         if isinstance(self.group, int):
@@ -232,10 +275,16 @@ class RayPool(Pool):
                 return
             group = self._queue.popleft()
             group.join(member)
-            places = {id(tensor): place for place, tensor in enumerate(group.shared)}
-            parcels = [Parcel.of(work, places) for work in group.works]
-            references = self._store.references(group.shared, self._ray.put)
-            self._running[member.actor.train.remote(parcels, self._shared, *references)] = group
+            self._running[self._send(group)] = group
+
+    def _send(self, group: Group) -> Any:
+        """Hand a group to its worker; the reference of the answer."""
+        places = {id(tensor): place for place, tensor in enumerate(group.shared)}
+        parcels = [Parcel.of(work, places) for work in group.works]
+        letter = group.sealed(parcels)
+        if letter is not None:
+            return group.actor.train_near.remote(letter)
+        return group.actor.train.remote(parcels, *self._store.references(group.shared, self._ray.put))
 
     def _take_in(self, timeout: float) -> None:
         """Take in finished groups and greetings: all that are there, or the first that comes in ``timeout`` seconds."""
@@ -243,6 +292,7 @@ class RayPool(Pool):
         awaited = [*self._running, *greetings]
         if not awaited:
             return
+        self._waits_since = time.perf_counter() if timeout else math.inf
         finished, _ = self._ray.wait(awaited, num_returns=1 if timeout else len(awaited), timeout=timeout)
         for reference in finished:
             self._quiet_since = time.monotonic()
@@ -256,17 +306,25 @@ class RayPool(Pool):
     def _take(self, reference: Any) -> None:
         """Take in one finished group, or see to it that it is trained again."""
         try:
-            results = self._ray.get(reference)
+            answer = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             self._failed(reference, error)
             return
         group = self._running.pop(reference)
+        results = group.results(answer)
+        self._learn(group, answer.seconds)
         group.leave()
         self._store.release(group.shared)
-        for work, result in zip(group.works, results.unpacked([work.task for work in group.works]), strict=True):
+        for work, result in zip(group.works, results, strict=True):
             if work.task in self._due:
                 self._due.discard(work.task)
                 self._results[work.task] = result
+
+    def _learn(self, group: Group, seconds: float) -> None:
+        """Note what training took, and the trip, if the driver waited for it before it can have been over."""
+        self._trips.trained(group.works, seconds)
+        if self._waits_since <= group.sent + seconds:
+            self._trips.travelled(time.perf_counter() - group.sent - seconds)
 
     # ---- what can go wrong -----------------------------------------------------------------------
 
