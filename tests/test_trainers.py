@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import fedsim
 from fedsim.checks import TaskError
 from fedsim.data import Dataset, Iid
+from fedsim.pool import InlinePool
 from fedsim.problems.models import LeNet
 from fedsim.rng import Randomness
 from fedsim.strategies.fedavg import FedAvg
@@ -58,7 +59,7 @@ def test_memory_that_runs_out_while_a_size_of_stacks_is_tried_is_one_line(
 
     monkeypatch.setattr(ClosedForm, "least_lanes", full)
     with pytest.raises(TaskError, match=r"out of memory: one task alone does not fit \(") as caught:
-        fedsim.simulate(FedAvg(JOBS["train"]), fedsim.Classification(), stop=fedsim.Stop(rounds=1))
+        fedsim.simulate(FedAvg(JOBS["train"]), pool=InlinePool(kernel="torch"), stop=fedsim.Stop(rounds=1))
     cause = caught.value.__cause__
     assert isinstance(cause, TaskError)
     assert cause.fatal  # whatever the faults model says
@@ -70,4 +71,4 @@ def test_anything_else_that_goes_wrong_in_the_trial_is_no_clients_fault(monkeypa
 
     monkeypatch.setattr(ClosedForm, "least_lanes", broken)
     with pytest.raises(ValueError, match="a bug"):
-        fedsim.simulate(FedAvg(JOBS["train"]), fedsim.Classification(), stop=fedsim.Stop(rounds=1))
+        fedsim.simulate(FedAvg(JOBS["train"]), pool=InlinePool(kernel="torch"), stop=fedsim.Stop(rounds=1))

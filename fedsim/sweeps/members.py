@@ -56,7 +56,7 @@ def state_of(assembly: Assembly, path: Path) -> str:
     if assembly.overwrite or not (path / MARKER).is_file():
         return NEW
     parts = parts_of(assembly.strategy, assembly.problem, assembly.system)
-    identity = identify(assembly.config, assembly.choices, parts)
+    identity = identify(assembly.config, assembly.choices, parts, assembly.pool.identity())
     if is_complete(path):
         state, before = COMPLETE, json.loads((path / "manifest.json").read_text())
     else:
