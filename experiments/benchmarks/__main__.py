@@ -52,6 +52,7 @@ class Effort:
     seconds: float
     million_rounds: int
     ray: tuple[str, ...]
+    torch: tuple[str, ...]
     agreement: bool
 
 
@@ -63,6 +64,7 @@ FULL = Effort(
     seconds=2.0,
     million_rounds=50,
     ray=tuple(WORKLOADS),
+    torch=("W1a", "W1b", "W3"),
     agreement=True,
 )
 SHORT = Effort(
@@ -73,6 +75,7 @@ SHORT = Effort(
     seconds=0.7,
     million_rounds=2,
     ray=("W1a",),
+    torch=(),
     agreement=False,
 )
 
@@ -80,7 +83,11 @@ SHORT = Effort(
 def measure_workload(report: Report, name: str, effort: Effort, others: Mapping[str, str], folder: Path) -> None:
     """The contest of one workload."""
     workload = WORKLOADS[name]
-    pools = ["inline", *(["ray:1", "ray:2"] if name in effort.ray else [])]
+    pools = [
+        "inline",
+        *(["torch"] if name in effort.torch else []),
+        *(["ray:1", "ray:2"] if name in effort.ray else []),
+    ]
     report.add(f"## {tables.describe(workload)}")
     if effort.agreement:
         worst = training.check_agreement(workload, folder, others)

@@ -1,6 +1,7 @@
 """fedsim as a contestant: ``python -m experiments.benchmarks.ours TENSORS WORKLOAD METHOD POOL OUT``.
 
-METHOD is ``fedavg`` or ``fedbuff``; POOL is ``inline``, ``cuda`` or ``ray:WORKERS``. Whole rounds of
+METHOD is ``fedavg`` or ``fedbuff``; POOL is ``inline``, ``torch`` (inline without
+the native kernel), ``cuda`` or ``ray:WORKERS``. Whole rounds of
 ``fedsim.simulate`` are run, with records in OUT; the observer waits for orders between two rounds.
 """
 
@@ -61,7 +62,9 @@ def problem_of(workload: Workload, tensors: Tensors) -> fedsim.Classification:
 
 
 def pool_of(text: str) -> Pool:
-    """``inline``, ``cuda``, or ``ray:`` and a number of workers."""
+    """``inline``, ``torch``, ``cuda``, or ``ray:`` and a number of workers."""
+    if text == "torch":
+        return InlinePool(kernel="torch")
     if text == "cuda":
         return InlinePool(device="cuda")  # type: ignore[call-arg]
     kind, _, workers = text.partition(":")

@@ -27,9 +27,13 @@ def naive(path: Path, workload: Workload, device: str = "cpu") -> Contestant:
 
 def ours(path: Path, workload: Workload, pool: str = "inline", method: str = "fedavg") -> Contestant:
     """fedsim on a pool; its records go beside the tensors."""
-    name = {"inline": "fedsim inline", "cuda": "fedsim", "ray:1": "fedsim Ray, 1 worker"}.get(
-        pool, f"fedsim Ray, {pool.removeprefix('ray:')} workers"
-    )
+    known = {
+        "inline": "fedsim inline",
+        "torch": "fedsim inline, kernel=torch",
+        "cuda": "fedsim",
+        "ray:1": "fedsim Ray, 1 worker",
+    }
+    name = known.get(pool, f"fedsim Ray, {pool.removeprefix('ray:')} workers")
     if method != "fedavg":
         name = f"{name}, {method}"
     out = path.parent / f"{path.stem}-{pool.replace(':', '')}-{method}"
