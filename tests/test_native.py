@@ -19,7 +19,7 @@ from fedsim.identity import differences
 from fedsim.local import Extras
 from fedsim.pool import InlinePool
 from fedsim.problems.chain import Chain, Layer
-from fedsim.problems.models import Logistic
+from fedsim.problems.models import Logistic, Mlp
 from fedsim.rng import Randomness
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.training import StackedTrainer, Work, batches, kernel_for, trainer_for
@@ -301,3 +301,32 @@ def test_double_precision_is_not_native_whatever_is_asked_for() -> None:
     trainer = trainer_for(made, {}, Randomness(0), kernel="native")
     assert isinstance(trainer, StackedTrainer)
     assert isinstance(trainer.form, ClosedForm)
+
+
+def test_large_batches_on_large_layers_are_left_to_torch() -> None:
+    data = Dataset(torch.randn(160, 784), torch.arange(160) % 3, torch.randn(2, 784), torch.zeros(2), 3)
+    for width, batch, native in ((512, 64, True), (512, 80, False), (100, 80, True)):
+        made = fedsim.Classification(data, Mlp(width), validation=0)
+        made.prepare(2, Randomness(0))
+        trainer = StackedTrainer(made, {"train": fedsim.LocalSGD(batch_size=batch)}, Randomness(0), kernel="native")
+        works = [Work(i, i, 0, "train", made.initial(), {}, {}, 0.1, 1) for i in range(2)]
+        assert isinstance(trainer._form_for(batch), NativeForm) is native
+        assert not isinstance(StackedTrainer(made, {}, Randomness(0))._form_for(batch), NativeForm)
+        torch_kernel = StackedTrainer(made, trainer.jobs, Randomness(0)).train(works)
+        for mine, other in zip(trainer.train(works), torch_kernel, strict=True):
+            assert torch.equal(mine.payload["delta"], other.payload["delta"]) is not native
+            torch.testing.assert_close(mine.payload["delta"], other.payload["delta"], rtol=0, atol=1e-5)
+
+
+def test_wide_layers_and_large_batches_are_cut_into_pieces_whose_sums_are_right() -> None:
+    chain = chain_of([2500, 130, 90, 11], ["relu", "tanh"], True, "cross_entropy", size=0.1)
+    steps = some_steps([2], 999, [999, 700])
+    batch, x = Batch(steps.rows[0], steps.scale[0]), parameters(chain, 2)
+    exact = aligned_stack(2, x.double())
+    double = Chain(chain.layers, chain.loss, chain.inputs.double(), chain.targets, chain.rows)
+    ClosedForm(double).gradient(aligned_stack(2, x.double()).copy_(x), Batch(batch.rows, batch.scale.double()), exact)
+    made = [aligned_stack(2, x) for _ in instruction_sets()]
+    for mine, name in zip(made, instruction_sets(), strict=True):
+        NativeForm(chain, name).gradient(x, batch, mine)
+        torch.testing.assert_close(mine.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+        assert torch.equal(mine, made[0])

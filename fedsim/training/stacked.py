@@ -236,15 +236,18 @@ class StackedTrainer(Trainer):
         self.samples, self.jobs, self.randomness = problem.samples, dict(jobs), randomness
         self.device, self.kernel = torch.device(device), kernel
         self.rows, self.form = self._form_of(problem)
+        self.native = self._native_form_of(problem)
         self._least: dict[int, int] = {}
 
     def _form_of(self, problem: Problem) -> tuple[Rows | None, StackForm | None]:
         """Where clients' examples lie, and how they are trained on; nothing if nothing is trained."""
         chain = problem.chain() if problem.trains else None
-        if chain is None:
-            return None, None
-        native = self.kernel == "native" and self.device.type == "cpu" and NativeForm.takes(chain)
-        return chain.rows, NativeForm(chain) if native else ClosedForm(chain, self.device)
+        return (None, None) if chain is None else (chain.rows, ClosedForm(chain, self.device))
+
+    def _native_form_of(self, problem: Problem) -> NativeForm | None:
+        """What is faster where it can be had."""
+        chain = problem.chain() if problem.trains and self.kernel == "native" and self.device.type == "cpu" else None
+        return None if chain is None or not NativeForm.takes(chain) else NativeForm(chain)
 
     def train(self, group: Sequence[Work]) -> list[Result]:
         """The results of a group in its order, whatever stacks it is cut into."""
@@ -295,7 +298,11 @@ class StackedTrainer(Trainer):
             return NOTHING_LANES
         if type(rule).measured or self._least_lanes(size) == 0:
             return 1
-        return self.form.lanes(size)
+        return self._faster(self.form, size).lanes(size)
+
+    def _faster(self, form: StackForm, size: int) -> StackForm:
+        """What makes the gradients of batches of this size: the native form unless ``form`` is better at large ones."""
+        return form if self.native is None or not self.native.suits(size) else self.native
 
     def _train_stack(self, works: list[Work], batches: StackBatches) -> list[Result]:
         # A copy, so that what a rule writes to itself cannot reach another task: state belongs into the context.
@@ -317,9 +324,10 @@ class StackedTrainer(Trainer):
 
     def _form_for(self, size: int) -> StackForm | Paired | None:
         """What makes gradients of batches of this size."""
-        if self.form is None or self._least_lanes(size) != 2:
-            return self.form
-        return Paired(self.form)
+        if self.form is None:
+            return None
+        form = self._faster(self.form, size)
+        return Paired(form) if self._least_lanes(size) == 2 else form
 
     def _must_double(self, rule: LocalSGD) -> bool:
         """Whether a task that is alone has to be trained beside a copy of itself.
@@ -339,7 +347,7 @@ class StackedTrainer(Trainer):
         if not self._is_invariant():
             return 1
         if size not in self._least:
-            self._least[size] = self.form.least_lanes(size)
+            self._least[size] = self._faster(self.form, size).least_lanes(size)
         return self._least[size]
 
 

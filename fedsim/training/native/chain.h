@@ -49,5 +49,17 @@ typedef struct {
     float *velocity;        /* [clients, x_stride], with momentum; 0 before a client's first step */
 } work_t;
 
-/* Columns of a matrix of activations: full blocks of lanes. */
-static inline int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }
+/* What stays in a cache while it is used: columns of a product's tiles, and rows of its left side at a time; numbers of
+ * a sum's right side, and columns of it at a time where that is too large. SPAN shows in the bits, the others do not.
+ */
+enum { SPAN = 1024, CHUNK = 125, STRIPE = 65536, STRIPE_WIDTH = 80 };
+
+/* Some columns of a matrix, laid side by side. */
+typedef struct {
+    float *values; /* [terms, STRIPE_WIDTH] */
+    const float **rows;
+} stripe_t;
+
+/* How far rows of activations are apart: full blocks of lanes, and no power of two, whose rows share places in the
+ * caches. */
+static inline int64_t padded(int64_t columns) { return ((columns + 15) / 16 | 1) * 16; }

@@ -30,6 +30,9 @@ NUMBERS = 2_500_000
 NOTHING = (0, 0.0, 0.0, 0.0, 0.0, 0)
 """Beside the gradient, as C takes it."""
 
+LARGE_BATCH, LARGE_CHAIN = 64, 300_000
+"""Examples of a batch, and parameters, beyond which a library of matrix products is up to a third faster."""
+
 LOSSES = ("cross_entropy", "binary", "squared")
 ACTIVATIONS = (None, "relu", "tanh")
 """As numbered in ``chain.h``."""
@@ -85,6 +88,10 @@ class NativeForm:
         targets = torch.int64 if chain.loss == "cross_entropy" else torch.float32
         single = chain.inputs.dtype == torch.float32 and chain.targets.dtype == targets
         return bool(instruction_sets()) and single and chain.inputs.device.type == "cpu"
+
+    def suits(self, size: int) -> bool:
+        """Whether it is at its best with batches of ``size`` examples: of large ones on large layers it is not."""
+        return size <= LARGE_BATCH or self._parameters <= LARGE_CHAIN
 
     def lanes(self, size: int) -> int:
         """Most clients in a stack with batches of ``size`` examples."""

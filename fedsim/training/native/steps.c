@@ -26,6 +26,7 @@ typedef struct {
     float **slope;       /* for each layer [size, outputs padded]: how the loss changes with that */
     const float **weights, **slopes;
     float *scale, *ones;
+    stripe_t stripe;
     float *gradient; /* [parameters], where steps are more than plain ones */
 } scratch_t;
 
@@ -58,6 +59,7 @@ static void free_scratch(scratch_t *scratch, int64_t layers) {
     }
     free(scratch->rows), free(scratch->after), free(scratch->slope);
     free(scratch->weights), free(scratch->slopes), free(scratch->scale), free(scratch->ones), free(scratch->gradient);
+    free(scratch->stripe.values), free(scratch->stripe.rows);
 }
 
 /* Whether there was memory for batches of `size` examples, and for a gradient if one is to be kept. */
@@ -87,7 +89,11 @@ static int make_scratch(scratch_t *scratch, const chain_t *chain, int64_t size, 
     scratch->slopes = calloc(rows, sizeof *scratch->slopes);
     scratch->scale = calloc(rows, sizeof *scratch->scale);
     scratch->ones = calloc(1, sizeof *scratch->ones);
-    if (!scratch->weights || !scratch->slopes || !scratch->scale || !scratch->ones)
+    const size_t terms = widest > rows ? widest : rows;
+    scratch->stripe.values = malloc(terms * STRIPE_WIDTH * sizeof(float));
+    scratch->stripe.rows = calloc(terms, sizeof *scratch->stripe.rows);
+    if (!scratch->weights || !scratch->slopes || !scratch->scale || !scratch->ones || !scratch->stripe.values ||
+        !scratch->stripe.rows)
         return 0;
     scratch->ones[0] = 1.0f;
     if (gradient)

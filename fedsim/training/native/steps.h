@@ -30,9 +30,10 @@
 
 /* ---- products of matrices ------------------------------------------------------------------------- */
 
-/* out[m][n] = a[m] . w_n for a tile of `rows` by `outputs`. */
-HERE void VARIANT(dot_tile)(int rows, int outputs, const float *const *a, const float *w, int64_t length, float *out,
-                            int64_t out_stride) {
+/* out[m][n] = a[m] . w_n, or that much more, over `length` columns from `first` on, for a tile of `rows` by `outputs`.
+ */
+HERE void VARIANT(dot_tile)(int rows, int outputs, const float *const *a, const float *w, int64_t w_stride,
+                            int64_t first, int64_t length, float *out, int64_t out_stride) {
     LANES total[TILE_ROWS][TILE_BLOCKS];
     UNROLL
     for (int m = 0; m < rows; m++) {
@@ -40,12 +41,13 @@ HERE void VARIANT(dot_tile)(int rows, int outputs, const float *const *a, const 
         for (int n = 0; n < outputs; n++)
             total[m][n] = all(0.0f);
     }
-    int64_t i = 0;
-    for (; i + 16 <= length; i += 16) {
+    int64_t i = first;
+    const int64_t end = first + length;
+    for (; i + 16 <= end; i += 16) {
         LANES right[TILE_BLOCKS];
         UNROLL
         for (int n = 0; n < outputs; n++)
-            right[n] = load(w + n * length + i);
+            right[n] = load(w + n * w_stride + i);
         UNROLL
         for (int m = 0; m < rows; m++) {
             LANES left = load(a[m] + i);
@@ -54,21 +56,21 @@ HERE void VARIANT(dot_tile)(int rows, int outputs, const float *const *a, const 
                 total[m][n] = fused(left, right[n], total[m][n]);
         }
     }
-    if (i < length) {
-        int rest = (int)(length - i);
+    if (i < end) {
+        int rest = (int)(end - i);
         UNROLL
         for (int m = 0; m < rows; m++) {
             LANES left = load_some(a[m] + i, rest);
             UNROLL
             for (int n = 0; n < outputs; n++)
-                total[m][n] = fused(left, load_some(w + n * length + i, rest), total[m][n]);
+                total[m][n] = fused(left, load_some(w + n * w_stride + i, rest), total[m][n]);
         }
     }
     UNROLL
     for (int m = 0; m < rows; m++) {
         UNROLL
         for (int n = 0; n < outputs; n++)
-            out[m * out_stride + n] = sum(total[m][n]);
+            out[m * out_stride + n] = (first ? out[m * out_stride + n] : 0.0f) + sum(total[m][n]);
     }
 }
 
@@ -121,28 +123,35 @@ HERE void VARIANT(sum_tile)(int rows, int blocks, int some, int take_off, const 
 
 static inline int64_t VARIANT(least)(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* out [rows, outputs] = a w^T, for rows a[m] [length] and w [outputs, length]. */
+/* out [rows, outputs] = a w^T, for rows a[m] [length] and w [outputs, length]: in stretches of SPAN columns, whose sums
+ * are added, so that a tile of both stays in the nearest cache, and for CHUNK rows at a time in the next. */
 FOR_VARIANT static void VARIANT(product)(const float *const *a, int64_t rows, const float *w, int64_t outputs,
                                          int64_t length, float *out, int64_t out_stride) {
-    for (int64_t n = 0; n < outputs; n += TILE_BLOCKS) {
-        for (int64_t m = 0; m < rows; m += TILE_ROWS) {
-            const float *right = w + n * length;
-            float *to = out + m * out_stride + n;
-            switch (8 * VARIANT(least)(rows - m, TILE_ROWS) + VARIANT(least)(outputs - n, TILE_BLOCKS)) {
+    for (int64_t first = 0; first < length; first += SPAN) {
+        const int64_t span = VARIANT(least)(length - first, SPAN);
+        for (int64_t chunk = 0; chunk < rows; chunk += CHUNK) {
+            const int64_t end = VARIANT(least)(rows, chunk + CHUNK);
+            for (int64_t n = 0; n < outputs; n += TILE_BLOCKS) {
+                for (int64_t m = chunk; m < end; m += TILE_ROWS) {
+                    const float *right = w + n * length;
+                    float *to = out + m * out_stride + n;
+                    switch (8 * VARIANT(least)(end - m, TILE_ROWS) + VARIANT(least)(outputs - n, TILE_BLOCKS)) {
 #define TILE(i, j)                                                                                                     \
     case 8 * i + j:                                                                                                    \
-        VARIANT(dot_tile)(i, j, a + m, right, length, to, out_stride);                                                 \
+        VARIANT(dot_tile)(i, j, a + m, right, length, first, span, to, out_stride);                                    \
         break;
-                EACH_TILE(TILE)
+                        EACH_TILE(TILE)
 #undef TILE
+                    }
+                }
             }
         }
     }
 }
 
 /* out [rows, columns] = (or -=) sum over k of a[m, k] * b[k][columns]. */
-HERE void VARIANT(sums)(int take_off, const float *a, int64_t a_row, int64_t a_term, int64_t terms,
-                        const float *const *b, int64_t rows, int64_t columns, float *out, int64_t out_stride) {
+HERE void VARIANT(tiles)(int take_off, const float *a, int64_t a_row, int64_t a_term, int64_t terms,
+                         const float *const *b, int64_t rows, int64_t columns, float *out, int64_t out_stride) {
     for (int64_t m = 0; m < rows; m += TILE_ROWS) {
         int64_t some_rows = VARIANT(least)(rows - m, TILE_ROWS), n = 0;
         const float *left = a + m * a_row;
@@ -171,16 +180,34 @@ HERE void VARIANT(sums)(int take_off, const float *a, int64_t a_row, int64_t a_t
     }
 }
 
+/* The same. Of a large b that many rows need, stripes that stay in the cache are laid side by side first. */
+HERE void VARIANT(sums)(int take_off, const float *a, int64_t a_row, int64_t a_term, int64_t terms,
+                        const float *const *b, int64_t rows, int64_t columns, float *out, int64_t out_stride,
+                        stripe_t *stripe) {
+    if (terms * columns <= STRIPE || rows <= 4 * TILE_ROWS) {
+        VARIANT(tiles)(take_off, a, a_row, a_term, terms, b, rows, columns, out, out_stride);
+        return;
+    }
+    for (int64_t n = 0; n < columns; n += STRIPE_WIDTH) {
+        const int64_t width = VARIANT(least)(columns - n, STRIPE_WIDTH);
+        for (int64_t k = 0; k < terms; k++) {
+            stripe->rows[k] = stripe->values + k * STRIPE_WIDTH;
+            memcpy(stripe->values + k * STRIPE_WIDTH, b[k] + n, (size_t)width * sizeof(float));
+        }
+        VARIANT(tiles)(take_off, a, a_row, a_term, terms, stripe->rows, rows, width, out + n, out_stride);
+    }
+}
+
 FOR_VARIANT static void VARIANT(write_sums)(const float *a, int64_t a_row, int64_t a_term, int64_t terms,
                                             const float *const *b, int64_t rows, int64_t columns, float *out,
-                                            int64_t out_stride) {
-    VARIANT(sums)(0, a, a_row, a_term, terms, b, rows, columns, out, out_stride);
+                                            int64_t out_stride, stripe_t *stripe) {
+    VARIANT(sums)(0, a, a_row, a_term, terms, b, rows, columns, out, out_stride, stripe);
 }
 
 FOR_VARIANT static void VARIANT(take_off_sums)(const float *a, int64_t a_row, int64_t a_term, int64_t terms,
                                                const float *const *b, int64_t rows, int64_t columns, float *out,
-                                               int64_t out_stride) {
-    VARIANT(sums)(1, a, a_row, a_term, terms, b, rows, columns, out, out_stride);
+                                               int64_t out_stride, stripe_t *stripe) {
+    VARIANT(sums)(1, a, a_row, a_term, terms, b, rows, columns, out, out_stride, stripe);
 }
 
 /* ---- activations and losses ------------------------------------------------------------------------ */
@@ -287,6 +314,7 @@ FOR_VARIANT static void VARIANT(loss_slope)(float *d, const float *a, int64_t ro
 FOR_VARIANT static void VARIANT(step)(const chain_t *chain, float *x, float *out, const int64_t *example,
                                       const float *scale, int64_t size, scratch_t *scratch) {
     const int64_t last = chain->layers - 1, width = chain->layer[0].inputs;
+    stripe_t *stripe = &scratch->stripe;
     for (int64_t m = 0; m < size; m++)
         scratch->rows[0][m] = chain->inputs + example[m] * width;
     for (int64_t l = 0; l <= last; l++) {
@@ -307,21 +335,22 @@ FOR_VARIANT static void VARIANT(step)(const chain_t *chain, float *x, float *out
             for (int64_t n = 0; n < outputs; n++)
                 scratch->weights[n] = weight + n * inputs;
             VARIANT(write_sums)(d, stride, 1, outputs, scratch->weights, size, inputs, scratch->slope[l - 1],
-                                padded(inputs));
+                                padded(inputs), stripe);
         }
         const float *one = scratch->ones;
         if (out) {
-            VARIANT(write_sums)(d, 1, stride, size, scratch->rows[l], outputs, inputs, out + layer->weight, inputs);
+            VARIANT(write_sums)(d, 1, stride, size, scratch->rows[l], outputs, inputs, out + layer->weight, inputs,
+                                stripe);
         } else {
-            VARIANT(take_off_sums)(d, 1, stride, size, scratch->rows[l], outputs, inputs, weight, inputs);
+            VARIANT(take_off_sums)(d, 1, stride, size, scratch->rows[l], outputs, inputs, weight, inputs, stripe);
         }
         if (layer->bias >= 0) {
             for (int64_t m = 0; m < size; m++)
                 scratch->slopes[m] = d + m * stride;
             if (out) {
-                VARIANT(write_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, out + layer->bias, 0);
+                VARIANT(write_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, out + layer->bias, 0, stripe);
             } else {
-                VARIANT(take_off_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, x + layer->bias, 0);
+                VARIANT(take_off_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, x + layer->bias, 0, stripe);
             }
         }
     }
