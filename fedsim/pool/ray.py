@@ -343,6 +343,7 @@ class RayPool(Pool):
                 return
             self._crew.bury(group.actor)
         del self._running[reference]
+        group.region = None  # whoever failed may still write to it
         group.leave()
         group.failures += 1
         in_worker = isinstance(error, errors.RayTaskError) and not isinstance(error.cause, errors.RayError)
