@@ -181,7 +181,8 @@ class RayPool(Pool):
         self._ray = ray
         try:
             self._crew.hire(ray, self.workers, ray.put(code))
-            self._own.open(problem, jobs, randomness)
+            if self.device == "cpu":
+                self._own.open(problem, jobs, randomness)
         except BaseException:
             self.close()
             raise
