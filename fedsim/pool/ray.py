@@ -184,7 +184,8 @@ class RayPool(Pool):
         self._ray = ray
         try:
             self._crew.hire(ray, self.workers, ray.put(code))
-            self._own.open(problem, jobs, randomness)
+            if self.device == "cpu":
+                self._own.open(problem, jobs, randomness)
         except BaseException:
             self.close()
             raise
@@ -346,6 +347,7 @@ class RayPool(Pool):
                 return
             self._crew.bury(group.actor)
         del self._running[reference]
+        group.region = None  # whoever failed may still write to it
         group.leave()
         group.failures += 1
         in_worker = isinstance(error, errors.RayTaskError) and not isinstance(error.cause, errors.RayError)

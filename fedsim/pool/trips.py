@@ -5,14 +5,13 @@ Bits do not depend on who trains, so this may be decided by the clock.
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from collections.abc import Sequence
 
 from fedsim.training import Work
 
 RECENT = 9
-"""Measurements that count, the newest: medians of them are taken."""
+"""Measurements that count, the newest; the least of them is taken: whatever else a machine does adds to them."""
 
 ENOUGH = 3
 """Measurements of each kind before anything is concluded from them: the first ones are slow."""
@@ -43,11 +42,11 @@ class Trips:
         rates = {job: self._rates.get(job, ()) for job in {work.job for work in works}}
         if min(map(len, (self._seconds, *rates.values()))) < ENOUGH:
             return True
-        known = {job: statistics.median(recent) for job, recent in rates.items()}
+        known = {job: min(recent) for job, recent in rates.items()}
         alone = sum(known[work.job] * _amount(work) for work in works)
         # One worker saves nothing, but leaves the driver free: it is treated as two are.
         share = 1.0 / max(2, min(workers, len(works)))
-        return alone >= LONG or alone * (1.0 - share) > statistics.median(self._seconds)
+        return alone >= LONG or alone * (1.0 - share) > min(self._seconds)
 
 
 def _amount(work: Work) -> int:

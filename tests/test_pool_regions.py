@@ -1,0 +1,121 @@
+"""Memory that the driver shares with workers of its own machine."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import Listener
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedsim.pool.regions import GROWTH, Address, Region
+from fedsim.vectors import ALIGNED
+
+
+def opened_files() -> int:
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_arrays_come_out_as_they_went_in_and_lie_where_new_vectors_would() -> None:
+    made = Region.create()
+    sent = {
+        "one": np.arange(7, dtype=np.float32),
+        "none": np.empty((0, 3)),
+        "scalar": np.array(2.5),
+        "turned": np.arange(12, dtype=np.int16).reshape(3, 4).T,
+        "strided": np.arange(20)[::3],
+    }
+    letter = made.seal(("small", sent))
+    assert [begin % ALIGNED for begin, _ in letter.places] == [0] * len(letter.places)
+    ends = [begin + size for begin, size in letter.places]
+    assert all(end <= begin for end, (begin, _) in zip(ends, letter.places[1:], strict=False))
+    word, got = Region.attach(made.address).unsealed(letter)
+    assert word == "small"
+    for name, array in sent.items():
+        assert (got[name].dtype, got[name].shape) == (array.dtype, array.shape), name
+        np.testing.assert_array_equal(got[name], array)
+
+
+def test_what_is_large_does_not_travel_in_the_letter() -> None:
+    letter = Region.create().seal([np.ones(10**6), np.ones(10**6)])
+    assert len(letter.text) < 1000
+    assert [size for _, size in letter.places] == [8 * 10**6] * 2
+
+
+CHILD = """
+import sys
+from fedsim.pool.regions import Region
+from multiprocessing.connection import Client
+
+with Client(sys.argv[1]) as line:
+    letter = line.recv()
+    assert letter.address.leads_there()
+    region = Region.attach(letter.address)
+    line.send(region.seal([array * 2 for array in region.unsealed(letter)] + [range(3)]))
+"""
+
+
+def test_another_process_reads_grows_and_answers_in_the_same_memory(tmp_path: Path) -> None:
+    region, numbers = Region.create(), np.arange(GROWTH // 8)
+    with Listener(str(tmp_path / "line")) as listener:
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(tmp_path / "line")])
+        with listener.accept() as line:
+            line.send(region.seal([numbers]))
+            one, rest = region.unsealed(line.recv())
+            np.testing.assert_array_equal(one, 2 * numbers)
+            assert rest == range(3)
+        assert child.wait(60) == 0
+
+
+def test_a_region_is_used_again_and_grows_only_when_it_must() -> None:
+    region = Region.create()
+    lengths = []
+    for size in (10, 1000, GROWTH, 10, GROWTH + 1, GROWTH):
+        letter = region.seal(np.full(size, size % 251, dtype=np.uint8))
+        assert set(region.unsealed(letter).tolist()) == {size % 251}
+        lengths.append(os.stat(region.address.path).st_size)
+    assert lengths == [GROWTH] * 4 + [2 * GROWTH] * 2
+
+
+def test_nothing_is_left_when_it_is_dropped() -> None:
+    region = Region.create()
+    region.seal(np.ones(1000))  # imports what it needs
+    del region
+    before = opened_files()
+    region = Region.create()
+    other, address = Region.attach(region.address), region.address
+    other.unsealed(region.seal(np.ones(1000)))
+    assert address.leads_there()
+    assert opened_files() == before + 4  # a file and its mapping in each
+    del region, other
+    assert opened_files() == before
+    assert not address.leads_there()
+
+
+def test_an_address_that_leads_elsewhere_is_known_for_it() -> None:
+    made = Region.create().address
+    kept = Region.create()
+    assert not Address("/proc/1/fd/999999", made.name).leads_there()
+    assert not Address(kept.address.path, made.name).leads_there()
+    with tempfile.TemporaryFile() as file:
+        assert not Address(f"/proc/{os.getpid()}/fd/{file.fileno()}", kept.address.name).leads_there()
+    assert kept.address.leads_there()
+
+
+def test_a_lack_of_memory_is_said_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    region = Region.create()
+    letter = region.seal(np.arange(5))
+
+    def refuse(*_: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        region.seal(np.zeros(2 * GROWTH))
+    np.testing.assert_array_equal(region.unsealed(letter), np.arange(5))
