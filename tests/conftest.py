@@ -1,8 +1,10 @@
-"""What holds for all tests: the order they run in, and that none fails because of where they run."""
+"""What holds for all tests: the order they run in, what they share, and that none fails because of where they run."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -21,3 +23,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def choices_are_put_together_once() -> Iterator[None]:
+    """Hydra takes a quarter of a second for it, longer than many a run; a test that brings a choice of its own waits.
+
+    Of values nothing is kept, and nobody gets what another test could have changed.
+    """
+    from fedsim import config
+
+    compose, made = config._composed, {}
+    ours = {group: {path.stem for path in (config.config_folder() / group).glob("*.yaml")} for group in config.GROUPS}
+
+    def composed(overrides: Sequence[str], given: Sequence[str]) -> Any:
+        named = [one.partition("=") for one in overrides]
+        if not all(name in ours.get(group, ()) for group, _, name in named):
+            return compose(overrides, given)
+        if tuple(overrides) not in made:
+            made[tuple(overrides)] = compose(overrides, given)
+        return made[tuple(overrides)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_composed", composed)
+        yield
