@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,26 +26,14 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def choices_are_put_together_once() -> Iterator[None]:
-    """Hydra takes a quarter of a second for it, longer than many a run; a test that brings a choice of its own waits.
+def choices_are_composed_once() -> Iterator[None]:
+    """Hydra takes a quarter of a second to put choices together, which is longer than many a run."""
+    from shared_choices import sharing
 
-    Of values nothing is kept, and nobody gets what another test could have changed.
-    """
     from fedsim import config
 
-    compose, made = config._composed, {}
-    ours = {group: {path.stem for path in (config.config_folder() / group).glob("*.yaml")} for group in config.GROUPS}
-
-    def composed(overrides: Sequence[str], given: Sequence[str]) -> Any:
-        named = [one.partition("=") for one in overrides]
-        if not all(name in ours.get(group, ()) for group, _, name in named):
-            return compose(overrides, given)
-        if tuple(overrides) not in made:
-            made[tuple(overrides)] = compose(overrides, given)
-        return made[tuple(overrides)]
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(config, "_composed", composed)
+        patch.setattr(config, "_composed", sharing(config._composed))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,9 @@ MINE = "# Mine\n_target_: fedsim.strategies.fedavg.FedAvg\n"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and nothing that other tests have composed."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "_composed", inspect.unwrap(config._composed))
     return tmp_path
 
 
