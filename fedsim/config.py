@@ -83,10 +83,7 @@ def compose_run(overrides: Sequence[str], folder: Path) -> tuple[dict[str, Any],
     Raises:
         ConfigError: for anything Hydra or OmegaConf refuses.
     """
-    extra = search_path(folder)
-    register_strategies(folder)
-    config = _composed([*extra, *overrides], [*extra, *overrides])
-    return plain(config), chosen(config.hydra.runtime.choices)
+    return next(compose_runs([overrides], folder))
 
 
 def compose_runs(members: Iterable[Sequence[str]], folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
@@ -95,25 +92,25 @@ def compose_runs(members: Iterable[Sequence[str]], folder: Path) -> Iterator[tup
     Raises:
         ConfigError: for anything Hydra or OmegaConf refuses.
     """
-    parser, extra = OverridesParser.create(), search_path(folder)
+    extra = search_path(folder)
     register_strategies(folder)
     plain_keys = {str(key) for key in OmegaConf.load(config_folder() / f"{CONFIG_NAME}.yaml")} - {"defaults", "hydra"}
     composed: dict[tuple[str, ...], DictConfig] = {}
     for member in members:
-        parsed = parser.parse_overrides(list(member))
-        # No value has a say in what is chosen: Hydra sets them all after it has put the choices together.
-        keys = [one.key_or_group for one in parsed]
-        sets = [key in plain_keys or ("." in key and not key.startswith("hydra.")) for key in keys]
-        choice = tuple(one for one, value in zip(member, sets, strict=True) if not value)
-        if choice not in composed:
-            composed[choice] = _composed([*extra, *choice], [*extra, *member])
-        config = copy.deepcopy(composed[choice])
+        given = [*extra, *member]
         try:
+            # No value has a say in what is chosen: Hydra, too, sets them after it has put the choices together.
+            parsed = OverridesParser.create().parse_overrides(list(member))
+            keys = [one.key_or_group for one in parsed]
+            sets = [key in plain_keys or ("." in key and not key.startswith("hydra.")) for key in keys]
+            choice = tuple(one for one, value in zip(member, sets, strict=True) if not value)
+            if choice not in composed:
+                composed[choice] = _composed([*extra, *choice], given)
+            config = copy.deepcopy(composed[choice])
             ConfigLoaderImpl._apply_overrides_to_config(list(compress(parsed, sets)), config)
         except (HydraException, OmegaConfBaseException):
-            yield compose_run(member, folder)  # which says what is wrong
-        else:
-            yield plain(config), chosen(config.hydra.runtime.choices)
+            config = _composed(given, given)  # which says what is wrong
+        yield plain(config), chosen(config.hydra.runtime.choices)
 
 
 def chosen(choices: Mapping[Any, Any]) -> dict[str, str]:

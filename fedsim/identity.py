@@ -127,6 +127,7 @@ def _packages(parts: Iterable[Any]) -> list[str]:
     return sorted({str(each.package) for each in parts if isinstance(getattr(each, "package", None), str)})
 
 
+@lru_cache  # as of the code: what this process has imported, whatever is installed meanwhile
 def _installed(name: str) -> str:
     try:
         return metadata.version(name)

@@ -1,8 +1,11 @@
-"""What holds for all tests: the order they run in, and that none fails because of where they run."""
+"""What holds for all tests: the order they run in, what they share, and that none fails because of where they run."""
 
 from __future__ import annotations
 
+import gc
+import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +21,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in FIRST)
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what has been imported by now stays, and need not be looked through again and again
+
+
 def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def choices_are_composed_once() -> Iterator[None]:
+    """Hydra takes a quarter of a second to put choices together, which is longer than many a run."""
+    from shared_choices import sharing
+
+    from fedsim import config
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config, "_composed", sharing(config._composed))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_waits_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, and without that nobody can tell; ``test_synced`` sees that it is asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield

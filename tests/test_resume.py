@@ -182,7 +182,7 @@ def everything(out: Path, **more: Any) -> fedsim.Run:
             Scripted((5.0, 2, False), (9.0, 2, True), (14.0, 4, False), (21.0, 4, True)),
             Faults(dropout=0.1, on_offline="pause", detect=0.5),
         ),
-        stop=fedsim.Stop(updates=110),  # counted, so that an instant too many would show
+        stop=fedsim.Stop(updates=70),  # counted, so that an instant too many would show
         clients=6,
         cohort=3,
         out=out,

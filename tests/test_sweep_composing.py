@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import io
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from fedsim import config
 from fedsim.checks import ConfigError
 from fedsim.cli import main
-from fedsim.config import choices, compose_run, compose_runs, compose_single, expand, spelt_out
+from fedsim.config import GROUPS, choices, compose_run, compose_runs, compose_single, expand, spelt_out
 from fedsim.progress import LiveProgress
 from fedsim.sweeps import grid
 
@@ -22,19 +25,28 @@ MINE = "# Mine\n_target_: fedsim.strategies.fedavg.FedAvg\n"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, and nothing that other tests have composed."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "_composed", inspect.unwrap(config._composed))
     return tmp_path
 
 
 @pytest.fixture
-def compositions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
-    """The overrides of everything that Hydra composes meanwhile."""
-    made: list[list[str]] = []
-    compose = config.compose
-    monkeypatch.setattr(
-        config, "compose", lambda *given, **named: (made.append(named["overrides"]), compose(*given, **named))[1]
-    )
+def compositions(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """The overrides of everything that is composed meanwhile."""
+    made: list[Sequence[str]] = []
+    compose = config._composed
+    monkeypatch.setattr(config, "_composed", lambda given, shown: (made.append(given), compose(given, shown))[1])
     return made
+
+
+def by_hydra(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What Hydra makes of all overrides at once."""
+    with initialize_config_module("fedsim.conf", version_base="1.3"):
+        whole = compose("config", list(overrides), return_hydra_config=True)
+    choices = {group: name for group, name in whole.hydra.runtime.choices.items() if group in GROUPS and name}
+    del whole.hydra
+    return OmegaConf.to_container(whole, resolve=True), choices
 
 
 @pytest.mark.parametrize(
@@ -52,7 +64,9 @@ def compositions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[str]]]:
 def test_members_composed_together_are_what_each_is_alone(overrides: list[str], folder: Path) -> None:
     members = expand(overrides)
     assert len(members) > 1
-    assert list(compose_runs(members, folder)) == [compose_run(member, folder) for member in members]
+    expected = [by_hydra(member) for member in members]
+    assert list(compose_runs(members, folder)) == expected
+    assert [compose_run(member, folder) for member in members] == expected
 
 
 def test_members_of_the_users_own_choices_too(folder: Path) -> None:
@@ -100,7 +114,7 @@ def test_no_member_changes_another(folder: Path) -> None:
 
 
 def test_a_sweep_composes_no_more_often_than_it_has_choices(
-    compositions: list[list[str]], monkeypatch: pytest.MonkeyPatch
+    compositions: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []
     monkeypatch.setattr(grid.Sweep, "start", lambda sweep, member: begun.append(member.name))
@@ -169,8 +183,8 @@ def test_a_sweep_over_a_glob_has_a_member_for_each_choice(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         grid.Sweep, "start", lambda sweep, member: begun.append((member.name, member.choices["strategy"]))
     )
-    assert main(["run", "-m", "problem=none", "strategy=glob([feda*,fedp*])", "seed=0,1", "out=sweep"]) == 0
-    names = [name for name in sorted(choices("strategy", Path.cwd())) if name.startswith(("feda", "fedp"))]
+    assert main(["run", "-m", "problem=none", "strategy=glob([fedp*,fedy*])", "seed=0,1", "out=sweep"]) == 0
+    names = [name for name in sorted(choices("strategy", Path.cwd())) if name.startswith(("fedp", "fedy"))]
     assert begun == [(f"{name}_seed{seed}", name) for name in names for seed in (0, 1)]
 
 

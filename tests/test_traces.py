@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -327,8 +325,3 @@ def test_a_checkpoint_does_not_hold_the_trace(tmp_path):
     model = TraceAvailability(made(tmp_path / "t", spans, 2000))
     model.prepare(10, Randomness(0))
     assert len(pickle.dumps(vars(model))) < 20_000
-
-
-def test_the_command_line_starts_without_reading_parquet():
-    code = "import sys, fedsim.cli; sys.exit('pyarrow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

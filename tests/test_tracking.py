@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,11 +145,3 @@ def test_tensorboard_missing_is_one_line_before_anything_is_written(
         said = "fedsim: tracker=tensorboard: needs an extra: pip install -c constraints.txt '.[tensorboard]'\n"
         assert capsys.readouterr().err == said
     assert list(folder.iterdir()) == []
-
-
-def test_tensorboard_is_not_imported_unless_asked_for() -> None:
-    code = "import sys, fedsim.cli; fedsim.cli.main(sys.argv[1:]); print('tensorboard' in sys.modules)"
-    shown = subprocess.run(
-        [sys.executable, "-c", code, "run", *QUICK], capture_output=True, text=True, check=True
-    ).stdout
-    assert shown.splitlines()[-1] == "False"
