@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -59,10 +60,15 @@ class CheckpointSchedule:
         self.seconds = optional_number("seconds", seconds, above=0)
         self.events = optional_whole("events", events, least=1)
 
-    def due(self, seconds: float, events: int) -> bool:
-        """Whether so much has passed since the last one."""
-        by_clock = self.seconds is not None and seconds >= self.seconds
-        return by_clock or (self.events is not None and events >= self.events)
+    def after(self, clock: float, events: int) -> tuple[float, float]:
+        """The clock and the number of handled events at which the next one is due, whichever comes first.
+
+        Args:
+            clock: seconds when the last one was made.
+            events: handled by then.
+        """
+        by_clock = math.inf if self.seconds is None else clock + self.seconds
+        return by_clock, math.inf if self.events is None else events + self.events
 
 
 class CheckpointFolder:

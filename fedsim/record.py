@@ -161,15 +161,15 @@ class Log:
         import pyarrow as pa
 
         last = self._count if last is None else last
-        batches = []
+        batches, schema = [], self._schema()
         for block in range(first // BLOCK, -(-last // BLOCK)):
             held, start = self._blocks[block], block * BLOCK
             part = slice(max(first - start, 0), min(last - start, BLOCK))
             if isinstance(held, list):
                 batches.append(self._batch(held[part]))
             else:
-                batches.append(self._widened(held.slice(part.start, part.stop - part.start)))
-        return pa.Table.from_batches(batches, self._schema())
+                batches.append(_widened(held.slice(part.start, part.stop - part.start), schema))
+        return pa.Table.from_batches(batches, schema)
 
     def frame(self) -> pd.DataFrame:
         """All rows as pandas gives them back from the parquet files."""
@@ -184,16 +184,14 @@ class Log:
         for name, kind in self.columns.items():
             if name in NOT_HASHED:
                 continue
-            chunks = table.column(name).chunks
+            column = table.column(name)
             total.update(f"{name}:{kind}:{len(table)}\n".encode())
             if kind == "string":
-                for number, chunk in enumerate(chunks):
-                    total.update(("\n" * bool(number) + "\n".join(map(str, chunk.to_pylist()))).encode())
+                for number, chunk in enumerate(column.chunks):
+                    total.update(b"\n" * bool(number) + _lines(chunk))
             else:
-                for chunk in chunks:
-                    total.update(pc.is_null(chunk).to_numpy(zero_copy_only=False).tobytes())
-                for chunk in chunks:
-                    total.update(pc.fill_null(chunk, 0).to_numpy().astype(f"<{kind[0]}8").tobytes())
+                total.update(pc.is_null(column).to_numpy().tobytes())
+                total.update(pc.fill_null(column, 0).to_numpy().astype(f"<{kind[0]}8", copy=False).tobytes())
         return total.hexdigest()
 
     def _pack(self, block: int) -> None:
@@ -211,14 +209,6 @@ class Log:
         arrays = [_array(column, field.type) for column, field in zip(columns, schema, strict=True)]
         return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
-    def _widened(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """A block with the columns that have come since."""
-        import pyarrow as pa
-
-        schema = self._schema()
-        later = [pa.nulls(len(batch), field.type) for field in list(schema)[batch.num_columns :]]
-        return pa.RecordBatch.from_arrays([*batch.columns, *later], schema=schema) if later else batch
-
     def _schema(self) -> pa.Schema:
         import pyarrow as pa
 
@@ -232,6 +222,26 @@ def _array(values: Sequence[Any], type: pa.DataType) -> pa.Array:
 
     alike = not pa.types.is_floating(type) and values and values.count(values[0]) == len(values)  # -0.0 == 0.0
     return pa.repeat(pa.scalar(values[0], type=type), len(values)) if alike else pa.array(values, type=type)
+
+
+def _widened(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """A block with the columns that have come since."""
+    import pyarrow as pa
+
+    if batch.num_columns == len(schema):
+        return batch
+    later = [pa.nulls(len(batch), field.type) for field in list(schema)[batch.num_columns :]]
+    return pa.RecordBatch.from_arrays([*batch.columns, *later], schema=schema)
+
+
+def _lines(texts: pa.Array) -> bytes:
+    """Texts one after the other with line ends between them; ``None`` for a missing one."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    whole = pa.ListArray.from_arrays(pa.array([0, len(texts)], pa.int32()), pc.fill_null(texts, "None"))
+    joined: bytes = pc.binary_join(whole, "\n")[0].as_buffer().to_pybytes()
+    return joined
 
 
 def _rows(batch: pa.RecordBatch) -> list[Row]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import resource
 import shlex
 import shutil
@@ -70,8 +71,9 @@ class Recording:
     ) -> None:
         self.directory, self.identity, self.schedule = directory, dict(identity), schedule
         self.config = dict(config)
-        self.began = self._flushed = self._saved = time.monotonic()
-        self._events_saved = 0
+        self.began = self._flushed = time.monotonic()
+        self._due = schedule.after(self.began, 0)
+        """The clock and the number of handled events at which the run saves itself."""
         self._handler: logging.Handler | None = None
         self._looked, self._savable = False, True
         if directory is not None:
@@ -111,7 +113,7 @@ class Recording:
             except (LookupError, TypeError, AttributeError, ValueError) as error:
                 raise FedsimError(f"{folder.path}: the checkpoint is not one of this run ({said(error)})") from error
             logger.info("run resumed at %.6g s of virtual time, %d updates", sim.now, sim.updates)
-        self._events_saved = sim.kernel.handled
+        self._due = self.schedule.after(time.monotonic(), sim.kernel.handled)
         # What has changed since is what the rest of the run is made with.
         self.directory.write_json(f"checkpoint/{IDENTITY}", self.identity)
 
@@ -130,8 +132,8 @@ class Recording:
             return
         if not self._looked:
             self._look(sim)
-        now = time.monotonic()
-        if self.schedule.due(now - self._saved, sim.kernel.handled - self._events_saved):
+        now, due = time.monotonic(), self._due
+        if now >= due[0] or sim.kernel.handled >= due[1]:
             self.save(sim)
         elif now - self._flushed > RunDirectory.FLUSH_SECONDS:
             self._flush(sim)
@@ -149,7 +151,7 @@ class Recording:
             self._cannot(f"its state {error}")
 
     def _cannot(self, why: str) -> None:
-        self._savable = False
+        self._savable, self._due = False, (math.inf, math.inf)
         logger.warning("this run cannot be saved and resumed: %s", why)
 
     def save(self, sim: Simulation) -> bool:
@@ -172,7 +174,8 @@ class Recording:
             self._cannot(f"its state {error}")
         except OSError as error:
             raise self._unwritable(error) from error
-        self._saved, self._events_saved = time.monotonic(), sim.kernel.handled
+        else:
+            self._due = self.schedule.after(time.monotonic(), sim.kernel.handled)
         return self._savable
 
     def _flush(self, sim: Simulation) -> None:

@@ -29,6 +29,7 @@ from fedsim.simulation.evaluation import Evaluation
 from fedsim.simulation.lifecycle import Lifecycle
 from fedsim.simulation.links import Links
 from fedsim.simulation.stop import Stop
+from fedsim.simulation.tries import Tries
 from fedsim.strategy import Strategy
 from fedsim.system import System
 from fedsim.vectors import all_finite
@@ -93,6 +94,7 @@ class Simulation(Federation):
         self.evaluation = Evaluation(self, eval_every, client_eval_every)
         self._version = 0
         self._picks = 0
+        self._tries = Tries(randomness, self.clients)
         self._settled = True
         self._idle_changes = 0
         self._begun = False
@@ -160,21 +162,29 @@ class Simulation(Federation):
 
         Tries are uniform, so the first ``k`` different idle ones are a uniform draw of the idle.
         """
-        draw, tries = self.randomness("pick by trial", self._picks), 4 * k + 8
-        online, busy = self.system.availability.online, self.tasks.busy
+        pick, tries = self._picks, 4 * k + 8
         if k <= FEW_PICKS:  # most of those tried are idle, so few need be drawn
-            found: list[int] = []
-            for n in range(tries):
-                client = draw.nth_integer(self.clients, n)
-                if online[client] and not busy[client] and client not in found:
-                    found.append(client)
-                    if len(found) == k:
-                        return np.array(sorted(found))
-            return None
-        tried = draw.integers(self.clients, tries)
+            found = self._first_idle(self._tries.first(pick, k), k)
+            if len(found) < k:
+                found = self._first_idle(self._tries.draw(pick).integers(self.clients, tries).tolist(), k)
+            found.sort()
+            return np.array(found) if len(found) == k else None
+        online, busy = self.system.availability.online, self.tasks.busy
+        tried = self._tries.draw(pick).integers(self.clients, tries)
         idle = tried[online[tried] & ~busy[tried]]
         _, first = np.unique(idle, return_index=True)
         return np.sort(idle[np.sort(first)[:k]]) if len(first) >= k else None
+
+    def _first_idle(self, tried: Iterable[int], k: int) -> list[int]:
+        """The first ``k`` different clients of these that are online and idle, or fewer."""
+        online, at_work = self.system.availability.online, self.tasks.of_client
+        found: list[int] = []
+        for client in tried:
+            if client not in at_work and online[client] and client not in found:
+                found.append(client)
+                if len(found) == k:
+                    break
+        return found
 
     def dispatch(
         self,
@@ -209,7 +219,8 @@ class Simulation(Federation):
             return
         if tuple(vector.shape) != (self.layout.size,):
             raise ValueError(f"published a vector of shape {tuple(vector.shape)}, needs [{self.layout.size}]")
-        model = vector.detach().to(self.layout.dtype, copy=True)
+        model = vector.detach()
+        model = model.clone() if model.dtype == self.layout.dtype else model.to(self.layout.dtype)
         if not all_finite(model):
             raise SimulationError(
                 f"{type(self.strategy).__name__} published a model with non-finite values "

@@ -64,17 +64,23 @@ class Lifecycle:
         if job not in sim.strategy.jobs:
             raise ValueError(f"no job '{job}', the strategy has {sorted(sim.strategy.jobs)}")
         self._check_free(ids)
-        asked = [-1] * len(ids) if steps is None else _steps(steps, len(ids))
-        starts = self._starts(start, len(ids))
+        asked = None if steps is None else _steps(steps, len(ids))
+        starts = None if start is None else self._starts(start, len(ids))
         order = Order(job, tag, sim.kernel.now, local, held, None if deadline is None else to_ns(deadline))
-        first, busy = self._next, self.busy
-        self._next += len(ids)
-        for number, client, count, vector in zip(range(first, self._next), ids, asked, starts, strict=True):
-            task = LiveTask(number, client, order, count, vector)
+        numbers = []
+        for place, client in enumerate(ids):
+            number = self._next + place
+            task = LiveTask(number, client, order)
+            if asked is not None:
+                task.steps = asked[place]
+            if starts is not None:
+                task.start = starts[place]
             self._open[number] = self.of_client[client] = task
-            busy[client] = True
+            self.busy[client] = True
             self.requested.append(task)
-        return list(range(first, self._next))
+            numbers.append(number)
+        self._next += len(ids)
+        return numbers
 
     def _check_free(self, ids: list[int]) -> None:
         """Refuse clients that there are not, or that have a task already."""
@@ -87,9 +93,7 @@ class Lifecycle:
             twice = min(each for each in ids if self.busy[each] or counts[each] > 1)
             raise ValueError(f"client {twice} has a task already: one live task per client")
 
-    def _starts(self, start: Tensor | None, count: int) -> Sequence[Tensor | None]:
-        if start is None:
-            return [None] * count
+    def _starts(self, start: Tensor, count: int) -> Sequence[Tensor]:
         size = self.sim.layout.size
         if tuple(start.shape) not in ((size,), (count, size)):
             raise ValueError(f"start has shape {tuple(start.shape)}, needs [{size}] or [{count}, {size}]")

@@ -48,8 +48,10 @@ class Preparation:
         self._up_bytes = {name: message_bytes(spec.values(), layout) for name, spec in self.specs.items()}
         self.nth = np.zeros(sim.clients, dtype=np.int64)
         """How many tasks of each client have taken effect."""
+        self._silent = getattr(sim.strategy.message, "__func__", None) is Strategy.message
+        """Whether nothing is sent down beside the model."""
         self._plain = {name for name, rule in jobs.items() if _counts_plainly(type(rule))}
-        self._counts: dict[tuple[object, int, int], tuple[int, int]] = {}
+        self._counts: dict[tuple[object, ...], tuple[int, int]] = {}
         """Steps and examples of a task, by its rule's settings, its client's examples and the steps asked for."""
 
     def prepare(self, batch: Sequence[LiveTask], measure: Callable[[LiveTask], None]) -> None:
@@ -75,12 +77,11 @@ class Preparation:
         sim, job = self.sim, tasks[0].order.job
         untrained = self.untrained.get(job)
         rate = 0.0 if untrained is not None else rule.rate(sim.round)
-        silent = getattr(sim.strategy.message, "__func__", None) is Strategy.message
         for task in tasks:
-            order = task.order
-            task.nth = self.nth.item(task.client)
-            self.nth[task.client] = task.nth + 1
-            message = {} if silent else self._message(task, copies)
+            client, order = task.client, task.order
+            task.nth = nth = self.nth.item(client)
+            self.nth[client] = nth + 1
+            message = {} if self._silent else self._message(task, copies)
             if not order.local:
                 extra = message_bytes(map(_spec, message.values()), sim.layout) if message else 0
                 task.down_bytes = extra + (0 if order.held else self._model_bytes)
@@ -89,10 +90,8 @@ class Preparation:
                 task.result = untrained
             else:
                 start = sim.current if task.start is None else task.start
-                state = {
-                    name: each for name, each in sim.tasks.states.of(task.client).items() if name not in rule.unread
-                }
-                task.work = Work(task.id, task.client, task.nth, job, start, message, state, rate, task.steps)
+                state = {name: each for name, each in sim.tasks.states.of(client).items() if name not in rule.unread}
+                task.work = Work(task.id, client, nth, job, start, message, state, rate, task.steps)
             task.start = None
             if rule.measured:
                 measure(task)
@@ -112,9 +111,9 @@ class Preparation:
         if tasks[0].order.job not in self._plain or isinstance(rule.steps, list) or isinstance(rule.epochs, list):
             self._count_anew(tasks, rule)
             return
-        settings, counts, samples = (rule.steps, rule.epochs, rule.batch_size), self._counts, self.sim.samples
+        steps, epochs, size, counts, samples = rule.steps, rule.epochs, rule.batch_size, self._counts, self.sim.samples
         for task in tasks:
-            key = settings, samples.item(task.client), task.steps
+            key = steps, epochs, size, samples.item(task.client), task.steps
             known = counts.get(key)
             if known is not None:
                 task.steps, task.samples = known

@@ -72,8 +72,10 @@ class LiveTask:
     paused_at: int | None = None
     group = 0
 
-    def __init__(self, id: int, client: int, order: Order, steps: int, start: Tensor | None) -> None:
-        self.id, self.client, self.order = id, client, order
+    def __init__(self, id: int, client: int, order: Order, steps: int = -1, start: Tensor | None = None) -> None:
+        self.id = id
+        self.client = client
+        self.order = order
         self.steps = steps
         """Local steps; -1 until the job's own count is asked for at take-effect."""
         self.start = start
@@ -82,7 +84,8 @@ class LiveTask:
     def view(self) -> Task:
         """What the strategy sees of it."""
         order = self.order
-        return Task(self.id, self.client, order.job, order.tag, self.version, self.steps, order.dispatched / NS)
+        seen = self.id, self.client, order.job, order.tag, self.version, self.steps, order.dispatched / NS
+        return Task._make(seen)  # in less than half the time that a call with seven arguments takes
 
     def drop_out(self, fraction: float, now: int) -> None:
         """Its client will be lost when it has done ``fraction`` of its work."""
@@ -121,35 +124,46 @@ class LiveTask:
 
     def arrived_row(self, outcome: str, applied_version: int | None) -> Row:
         """Its row in ``events`` once it has arrived: it came to all its times, and its bytes moved whole."""
-        times = self.started / NS, self.computed / NS, self.upload_started / NS, self.arrived / NS
-        return self._row(outcome, times, (self.down_bytes, self.up_bytes), applied_version)
+        started, computed, upload_started = self.started / NS, self.computed / NS, self.upload_started / NS
+        times = started, computed, upload_started, self.arrived / NS
+        return self._row(outcome, applied_version, self.down_bytes, self.up_bytes, times)
 
     def cut_row(self, now: int, outcome: str, moved: tuple[int, int]) -> Row:
         """Its row in ``events`` if it has not arrived by ``now``; times it never came to are missing."""
-        return self._row(outcome, self._times(now), moved, None)
+        return self._row(outcome, None, *moved, self._times(now))
 
     def _row(
-        self, outcome: str, times: tuple[float | None, ...], moved: tuple[int, int], applied_version: int | None
+        self,
+        outcome: str,
+        applied_version: int | None,
+        down_bytes: int,
+        up_bytes: int,
+        times: tuple[float | None, float | None, float | None, float | None],
     ) -> Row:
-        order = self.order
+        order, version, steps = self.order, self.version, self.steps
+        started, computed, upload_started, arrived = times
         return (
             self.id,
             self.client,
             order.job,
             "" if order.tag is None else str(order.tag),
             order.dispatched / NS,
-            *times,
-            self.version,
+            started,
+            computed,
+            upload_started,
+            arrived,
+            version,
             applied_version,
-            None if applied_version is None else applied_version - self.version,
-            max(self.steps, 0),
+            None if applied_version is None else applied_version - version,
+            steps if steps > 0 else 0,
             self.samples,
-            *moved,
+            down_bytes,
+            up_bytes,
             self.group,
             outcome,
         )
 
-    def _times(self, now: int) -> tuple[float | None, ...]:
+    def _times(self, now: int) -> tuple[float | None, float | None, float | None, float | None]:
         """Seconds at which it started, had computed, started its upload and arrived, as far as it came."""
         last = -1 if self.status == Status.REQUESTED else self.seen_until(now)
         whole = self.ended is None
@@ -201,10 +215,13 @@ def _plan_one(task: LiveTask, system: System, now: int) -> None:
         down = up = 0
     if now + down + compute + up >= LONGEST:  # what may be beyond the end of the clock is looked at closely
         _check_clock(now, max(down, compute, up))
-    task.down_time, task.up_time = down, up
+    computed = now + down + compute
+    arrived = computed + up
+    task.down_time = down
+    task.up_time = up
     task.started = now + down
-    task.computed = task.upload_started = task.started + compute
-    task.arrived = max(task.computed + up, now + 1)
+    task.computed = task.upload_started = computed
+    task.arrived = arrived if arrived > now else now + 1
     task.status = Status.RUNNING
     if stage:
         task.drop_out(fraction, now)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 FEW = 16
 """Up to so many tasks one after another cost less than an array of them."""
 
+BEYOND = float(LONGEST)
+"""Exactly as much, and Python is slow to compare a float with a large whole number."""
+
 
 def applies(system: System) -> bool:
     """Whether the models of a system are those that this module repeats: no subclass counts spans in its own way."""
@@ -56,9 +59,9 @@ def spans(
         seconds *= _jitter_factor(compute, compute.jitter_draw(client, nth))
     stage, fraction = (0, 1.0) if faults.dropout == 0 else _fate(faults, faults.dropout_draw(client, nth))
     return (
-        latency + _nanoseconds(down_bytes / max(network.down_bytes_per_second.item(client), SLOWEST)),
+        latency + _transfer(down_bytes, network.down_bytes_per_second.item(client)),
         _nanoseconds(seconds),
-        latency + _nanoseconds(up_bytes / max(network.up_bytes_per_second.item(client), SLOWEST)),
+        latency + _transfer(up_bytes, network.up_bytes_per_second.item(client)),
         stage,
         fraction,
     )
@@ -87,6 +90,11 @@ def _jitter_factor(compute: Compute, draw: Draw) -> float:
     return float(np.exp(math.sqrt(variance) * draw.nth_normal(0) - variance / 2))
 
 
+def _transfer(nbytes: int, rate: float) -> int:
+    span = nbytes / (rate if rate > SLOWEST else SLOWEST) * NS
+    return round(span) if span < BEYOND else LONGEST
+
+
 def _nanoseconds(seconds: float) -> int:
     span = seconds * NS
-    return round(span) if span < LONGEST else LONGEST
+    return round(span) if span < BEYOND else LONGEST
