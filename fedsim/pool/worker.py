@@ -40,7 +40,7 @@ class Worker:
     """The actor. It may die at any time: whatever it was asked is asked again, of a fresh one.
 
     Args:
-        shared: the pickled problem, jobs, randomness and device.
+        shared: what all tasks share, pickled: the arguments of :func:`trainer_for`.
         probe: where the driver has a region, if it can have any.
     """
 

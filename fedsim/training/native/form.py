@@ -84,10 +84,14 @@ class NativeForm:
 
     @classmethod
     def takes(cls, chain: Chain) -> bool:
-        """Whether a chain can be trained here: single precision, and a machine that has the means."""
-        targets = torch.int64 if chain.loss == "cross_entropy" else torch.float32
-        single = chain.inputs.dtype == torch.float32 and chain.targets.dtype == targets
-        return bool(instruction_sets()) and single and chain.inputs.device.type == "cpu"
+        """Whether a chain can be trained here: single precision, one number to compare with a target, and a machine that
+        has the means.
+        """
+        classes = chain.loss == "cross_entropy"
+        single = chain.inputs.dtype == torch.float32
+        single &= chain.targets.dtype == (torch.int64 if classes else torch.float32)
+        known = classes or chain.layers[-1].outputs == 1
+        return bool(instruction_sets()) and single and known and chain.inputs.device.type == "cpu"
 
     def suits(self, size: int) -> bool:
         """Whether it is at its best with batches of ``size`` examples: of large ones on large layers it is not."""
