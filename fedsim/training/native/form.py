@@ -84,9 +84,7 @@ class NativeForm:
 
     @classmethod
     def takes(cls, chain: Chain) -> bool:
-        """Whether a chain can be trained here: single precision, one number to compare with a target, and a machine that
-        has the means.
-        """
+        """Whether a chain can be trained here: single precision, a target for every output there is, and the means."""
         classes = chain.loss == "cross_entropy"
         single = chain.inputs.dtype == torch.float32
         single &= chain.targets.dtype == (torch.int64 if classes else torch.float32)
