@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,6 +25,7 @@ from fedsim.problems.chain import Chain, Layer
 from fedsim.problems.models import Logistic, Mlp
 from fedsim.rng import Randomness
 from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategies.fedbuff import FedBuff
 from fedsim.training import StackedTrainer, Work, batches, kernel_for, trainer_for
 from fedsim.training.batches import Batch, StackBatches, Steps
 from fedsim.training.closed_form import ClosedForm
@@ -330,3 +334,24 @@ def test_wide_layers_and_large_batches_are_cut_into_pieces_whose_sums_are_right(
         NativeForm(chain, name).gradient(x, batch, mine)
         torch.testing.assert_close(mine.double(), exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
         assert torch.equal(mine, made[0])
+
+
+WITH_AVX2 = """
+import fedsim
+from fedsim.strategies.fedbuff import FedBuff
+from fedsim.training.native import form
+
+form.instruction_sets = lambda: ("avx2",)
+run = fedsim.simulate(FedBuff(fedsim.LocalSGD(momentum=0.5)), stop=fedsim.Stop(rounds=4))
+print(run.manifest["instruction_set"], run.manifest["model_sha256"], run.manifest["events_sha256"])
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_run_has_the_same_bits_on_an_older_instruction_set() -> None:
+    known = fedsim.simulate(FedBuff(fedsim.LocalSGD(momentum=0.5)), stop=fedsim.Stop(rounds=4)).manifest
+    older = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_AVX2], capture_output=True, text=True, env=older, check=True
+    ).stdout.split()
+    assert done == ["AVX2", known["model_sha256"], known["events_sha256"]]
