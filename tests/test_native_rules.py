@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +21,9 @@ from fedsim.problems.models import Logistic
 from fedsim.rng import Randomness
 from fedsim.training import StackedTrainer, Work
 from fedsim.training.base import Result
+from fedsim.training.batches import Steps
 from fedsim.training.native import NativeForm, instruction_sets
+from fedsim.vectors import aligned_stack
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="was not built, or this processor has no AVX2")
 
@@ -180,6 +185,10 @@ def one_layer(inputs: int, outputs: int, examples: int = 20) -> Chain:
     return Chain(layers, "cross_entropy", x, y, lambda clients: torch.arange(examples))
 
 
+def steps_of(rows: Tensor) -> Steps:
+    return Steps(rows, torch.full((*rows.shape, 1), 1 / rows.shape[2]), torch.full((len(rows),), rows.shape[1]))
+
+
 def test_velocities_have_room_whatever_a_single_row_says_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     chain, rooms = one_layer(5, 3), []
     at_rest = NativeForm._at_rest
@@ -204,3 +213,20 @@ def test_what_does_not_hang_together_is_left_to_torch_which_says_so() -> None:
         "parameters beyond the end": replace(chain, layers=(Layer(5, 3, 1, 16),)),
     }
     assert {what: NativeForm.takes(each) for what, each in wrong.items()} == dict.fromkeys(wrong, False)
+
+
+# ---- signals ---------------------------------------------------------------------------------------
+
+
+def test_a_long_call_can_be_interrupted() -> None:
+    chain = one_layer(1000, 100)
+    x, rows = aligned_stack(1, torch.empty(100_100)).zero_(), torch.zeros(20_000, 1, 32, dtype=torch.int64)
+    native, lr = NativeForm(chain), torch.ones(1, 1)
+    began = time.perf_counter()
+    native.descend_all(x, [steps_of(rows[:200])], lr, x, Extras())
+    whole = 100 * (time.perf_counter() - began)
+    threading.Timer(0.05, signal.raise_signal, [signal.SIGINT]).start()
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):  # at the end of the call at the latest
+        native.descend_all(x, [steps_of(rows)], lr, x, Extras())
+    assert time.perf_counter() - began < whole / 2
