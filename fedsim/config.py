@@ -169,7 +169,7 @@ def _composed(overrides: Sequence[str], given: Sequence[str]) -> DictConfig:
 
 
 def _refuse_nameless(overrides: Sequence[str]) -> None:
-    """Refuse a group that is set to nothing, a number or a list: Hydra would fall over it."""
+    """Refuse a group, or what has no name, that is set to nothing, a number or a list: Hydra would fall over it."""
     for one in overrides:
         try:
             parsed = OverridesParser.create().parse_override(one)
@@ -177,6 +177,8 @@ def _refuse_nameless(overrides: Sequence[str]) -> None:
             continue  # composing says what is wrong with it
         group, value = parsed.key_or_group, parsed.value()
         nameless = not isinstance(value, str) and not parsed.is_delete() and not parsed.is_sweep_override()
+        if nameless and group in ("", "hydra"):
+            raise ConfigError(f"{one}: cannot be read as key=value")
         if group in GROUPS and nameless:
             allowed = ", ".join(sorted(choices(group, Path.cwd())))
             raise ConfigError(f"{one}: must be the name of one choice, allowed: {allowed}")

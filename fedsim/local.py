@@ -273,6 +273,8 @@ class LocalSGD:
             if update is not None:
                 return {"delta": update}
         x = self.origin(ctx)
+        if self._has_own("origin") and x.data_ptr() == ctx.start.data_ptr():
+            x = ctx.point()  # what the steps lead away from must stay where it is
         self.begin(ctx)
         end = None if own else ctx.descend_all(x, extras)
         x = self._along_direction(ctx, x) if end is None else end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -334,3 +335,28 @@ def test_a_compiled_model_trains_as_it_does_otherwise_whatever_came_before() -> 
     trainer = GeneralTrainer(fresh, {"train": rule}, Randomness(SEED))
     for work in reversed(works(fresh, 3, 2, 1, lr=0.1)):
         assert torch.equal(checked(trainer.train([work])[0]).payload["delta"], together[work.client])
+
+
+def test_who_seeds_torchs_generators_has_them_alone_whatever_other_threads_do() -> None:
+    drawn: dict[int, Tensor] = {}
+    seeded, done = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with torch_seeded(1):
+            other.start()
+            seeded.wait(0.5)
+            drawn[1] = torch.rand(3)
+        done.set()
+        other.join()
+
+    def second() -> None:
+        with torch_seeded(2):
+            seeded.set()
+            done.wait(0.5)
+            drawn[2] = torch.rand(3)
+
+    other = threading.Thread(target=second)
+    first()
+    assert set(drawn) == {1, 2}
+    for seed, numbers in drawn.items():
+        assert torch.equal(numbers, torch.rand(3, generator=torch.Generator().manual_seed(seed)))

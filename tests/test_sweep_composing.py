@@ -87,6 +87,8 @@ def test_members_of_the_users_own_choices_too(folder: Path) -> None:
         ["seed=0,1", "rounds.x=1"],
         ["seeed=0,1"],
         ["seed=0,1", "strategy={a: 1}"],
+        ["seed=0,1", "hydra=1"],
+        ["seed=0,1", "=3"],
         ["seed=0,1", "+local.lr=1"],
         ["seed=0,1", "~local.lrr"],
         ["seed=0,1", "local.lr=${nothing}"],

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
+from threading import RLock
 from typing import Any
 
 import torch
@@ -21,11 +22,15 @@ PRECISIONS = ("float32", "bfloat16")
 """What a forward pass in training may compute in; parameters and their gradients stay as they are."""
 
 
+_SEEDING = RLock()
+"""Torch's generators belong to the process: who seeds them has them alone, in whatever thread another run goes on."""
+
+
 @contextmanager
 def torch_seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Torch's generators, of the CPU and of a GPU if that is the ``device``, seeded within the block only."""
     devices = [] if device is None or device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices=devices):
+    with _SEEDING, torch.random.fork_rng(devices=devices):
         # Not torch.manual_seed: that would seed every GPU as well, and leave it so.
         torch.default_generator.manual_seed(seed)
         for each in devices:

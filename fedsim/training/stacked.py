@@ -156,6 +156,11 @@ class StackedContext(Context):
         """``start`` as the rule has it, or if it has not looked at it as it came."""
         return self._start if self._own_start is None else self._own_start
 
+    def _from_for(self, x: Tensor) -> Tensor:
+        """The same, dense, for steps of ``x [n, d]``: ``[n, d]``, or ``[d]`` for all."""
+        start = self._from().to(x.dtype)
+        return (start if start.shape == x.shape[1:] else start.expand_as(x)).contiguous()
+
     def follow(self, x: Tensor, direction: Tensor) -> Tensor:
         """A new ``[n, d]``: ``x - lr * direction``, frozen for those that have finished."""
         k, new = self.running, aligned_stack(len(x), x)
@@ -200,17 +205,25 @@ class StackedContext(Context):
         """The end ``[n, d]`` of all steps from ``x`` on, which may be written to; None if there is no way at once."""
         if not isinstance(self._form, NativeForm) or self._form.l2:
             return super().descend_all(x, extras)
-        if not is_aligned(x):
+        if not is_aligned(x) or (extras and self._is_kept(x)):
             x = aligned_stack(len(x), x).copy_(x)
-        self._form.descend_all(x, self._batches.blocks(x), self.lr, self._from().contiguous(), extras)
+        self._form.descend_all(x, self._batches.blocks(x), self.lr, self._from_for(x), extras)
+        if self._batches.rows is not None:
+            self.step = int(self._batches.steps[0]) - 1
         return x
+
+    def _is_kept(self, x: Tensor) -> bool:
+        """Whether a stack lies where the rule can see it: steps with extras are not made in place."""
+        seen = [self._own_start, *self.message.values(), *self.state.values()]
+        places = {each.untyped_storage().data_ptr() for each in seen if isinstance(each, Tensor)}
+        return x.untyped_storage().data_ptr() in places
 
     def update(self, extras: Extras) -> Tensor | None:
         """A new ``[n, d]``: how far all steps lead away from ``start``; None if there is no way at once."""
         if not isinstance(self._form, NativeForm) or self._form.l2:
             return None
         new = aligned_stack(len(self.clients), self._start)
-        self._form.update(new, self._batches.blocks(new), self.lr, self._from().contiguous(), extras)
+        self._form.update(new, self._batches.blocks(new), self.lr, self._from_for(new), extras)
         return new
 
     def rng(self, purpose: str) -> Draw:

@@ -45,9 +45,13 @@ typedef struct {
     const float *start; /* [clients, start_stride], or one for all with stride 0: what the clients downloaded */
     int64_t start_stride;
     int64_t first, last; /* whether x is to be filled from `start` before these steps, and to have it taken off after */
-    const extras_t *extras; /* if steps are more than plain ones */
-    float *velocity;        /* [clients, x_stride], with momentum; 0 before a client's first step */
+    const extras_t *extras;   /* if steps are more than plain ones */
+    float *velocity;          /* [clients, x_stride], with momentum; 0 before a client's first step */
+    int (*interrupted)(void); /* whether the work is to be left as it is; asked now and then */
 } work_t;
+
+/* Products of an example with a parameter between two such questions: they take well under a second. */
+enum { UNASKED = 1 << 30 };
 
 /* What stays in a cache while it is used: columns of a product's tiles, and rows of its left side at a time; numbers of
  * a sum's right side, and columns of it at a time where that is too large. SPAN shows in the bits, the others do not.

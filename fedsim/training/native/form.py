@@ -84,12 +84,11 @@ class NativeForm:
 
     @classmethod
     def takes(cls, chain: Chain) -> bool:
-        """Whether a chain can be trained here: single precision, a target for every output there is, and the means."""
+        """Whether a chain can be trained here: single precision, parts that fit together, and the means."""
         classes = chain.loss == "cross_entropy"
         single = chain.inputs.dtype == torch.float32
         single &= chain.targets.dtype == (torch.int64 if classes else torch.float32)
-        known = classes or chain.layers[-1].outputs == 1
-        return bool(instruction_sets()) and single and known and chain.inputs.device.type == "cpu"
+        return bool(instruction_sets()) and single and chain.inputs.device.type == "cpu" and _hangs_together(chain)
 
     def suits(self, size: int) -> bool:
         """Whether it is at its best with batches of ``size`` examples: of large ones on large layers it is not."""
@@ -124,28 +123,49 @@ class NativeForm:
             start: ``[n, d]``, or ``[d]`` for all: where a penalty pulls.
             extras: what goes into a step beside the gradient.
         """
-        velocity = _at_rest(x, extras)
+        velocity = self._at_rest(x, extras)
         for steps in blocks:
             self._work(steps, x, lr, start=start, more=_more(extras, velocity))
 
     def update(self, x: Tensor, blocks: Iterable[Steps], lr: Tensor, start: Tensor, extras: Extras) -> None:
         """As :meth:`descend_all`, but from ``start`` on, and what ``x`` is filled with is the difference from it."""
-        velocity, missing = _at_rest(x, extras), True
+        velocity, missing = self._at_rest(x, extras), True
         for steps, first, last in _with_ends(blocks):
             self._work(steps, x, lr, start=start, ends=(first, last), more=_more(extras, velocity))
             missing = False
         if missing:  # no examples, no steps
             x.zero_()
 
+    def _at_rest(self, x: Tensor, extras: Extras) -> Tensor | None:
+        """The velocities before the first step, as far apart as the rows of ``x``, if there are any."""
+        # How far apart rows are says nothing where there is one only.
+        return x.new_zeros(len(x), max(x.stride(0), self._parameters)) if extras.momentum else None
+
     def _work(
         self, steps: Steps, x: Tensor, lr: Tensor | None = None, out: Tensor | None = None,
         start: Tensor | None = None, ends: tuple[int, int] = (0, 0), more: tuple[float, ...] = NOTHING,
     ) -> None:  # fmt: skip
         rows, scale, running = steps.rows.contiguous(), steps.scale.contiguous(), steps.running
+        clients = rows.shape[1]
+        self._check(x, clients)
+        rates = None if lr is None else lr[:clients].to(x.dtype).expand(clients, 1).contiguous()
         self._train(
             self._chain, tuple(rows.shape), (rows.data_ptr(), scale.data_ptr(), running.data_ptr()),
-            0 if lr is None else lr.data_ptr(), _place(x), _place(out), (*_place(start), *ends), more,
+            0 if rates is None else rates.data_ptr(), _place(x), _place(out), (*_place(start), *ends), more,
         )  # fmt: skip
+
+    def _check(self, x: Tensor, clients: int) -> None:
+        """See that C finds the parameters of so many clients in a stack that a rule may have made.
+
+        Raises:
+            ValueError: if it would not.
+        """
+        wanted = f"float32 [{clients}, {self._parameters}]"
+        if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != self._parameters or len(x) < clients:
+            raise ValueError(f"parameters must be {wanted}, are {str(x.dtype).removeprefix('torch.')} {list(x.shape)}")
+        dense = x.shape[1] == 1 or x.stride(1) == 1
+        if not dense or (len(x) > 1 and x.stride(0) < x.shape[1]):
+            raise ValueError(f"parameters must be {wanted} with rows that are dense and apart, clone() makes them so")
 
 
 def _place(stack: Tensor | None) -> tuple[int, int]:
@@ -155,9 +175,16 @@ def _place(stack: Tensor | None) -> tuple[int, int]:
     return stack.data_ptr(), stack.stride(0) if stack.ndim > 1 else 0
 
 
-def _at_rest(x: Tensor, extras: Extras) -> Tensor | None:
-    """The velocities before the first step, if there are any."""
-    return torch.zeros(len(x), x.stride(0)) if extras.momentum else None
+def _hangs_together(chain: Chain) -> bool:
+    """Whether examples, layers and parameters fit, for C would not notice; torch says what is wrong with others."""
+    layers, shape = chain.layers, tuple(chain.inputs.shape)
+    numbers = sum(each.outputs * (each.inputs + (each.bias is not None)) for each in layers)
+    ends = [each.weight + each.outputs * each.inputs for each in layers]
+    ends += [each.bias + each.outputs for each in layers if each.bias is not None]
+    widths = [each.inputs for each in layers], [shape[-1], *(each.outputs for each in layers[:-1])]
+    whole = max(ends) == numbers and 0 not in widths[0] and layers[-1].outputs > 0
+    given = len(shape) == 2 and tuple(chain.targets.shape) == shape[:1]
+    return whole and given and widths[0] == widths[1] and (chain.loss == "cross_entropy" or layers[-1].outputs == 1)
 
 
 def _more(extras: Extras, velocity: Tensor | None) -> tuple[float, ...]:

@@ -38,7 +38,7 @@ typedef struct {
 #include "steps.h"
 #endif
 
-typedef void (*train_t)(const chain_t *, const work_t *, scratch_t *);
+typedef int (*train_t)(const chain_t *, const work_t *, scratch_t *);
 
 typedef struct {
     chain_t chain;
@@ -184,6 +184,14 @@ static int64_t wrong_place(const kept_t *kept, const work_t *work) {
     return -1;
 }
 
+/* Whether a signal's handler has raised an exception, a second Ctrl-C say. */
+static int interrupted(void) {
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const int raised = PyErr_CheckSignals();
+    PyGILState_Release(state);
+    return raised;
+}
+
 static PyObject *train(PyObject *module, PyObject *args) {
     PyObject *capsule;
     unsigned long long rows, scale, running, rate, x, out, start, velocity;
@@ -215,17 +223,20 @@ static PyObject *train(PyObject *module, PyObject *args) {
         last,
         more ? &extras : NULL,
         (float *)(uintptr_t)velocity,
+        interrupted,
     };
     int64_t wrong = -1;
-    int made;
+    int made, done = 1;
     scratch_t scratch;
     Py_BEGIN_ALLOW_THREADS made = make_scratch(&scratch, &kept->chain, size, work.extras != NULL);
     if (made)
         wrong = wrong_place(kept, &work);
     if (made && wrong < 0)
-        kept->train(&kept->chain, &work, &scratch);
+        done = kept->train(&kept->chain, &work, &scratch);
     free_scratch(&scratch, kept->chain.layers);
     Py_END_ALLOW_THREADS if (!made) return PyErr_NoMemory();
+    if (!done)
+        return NULL;
     if (wrong >= 0)
         return PyErr_Format(PyExc_IndexError, "example %lld, or its class, is not there", (long long)work.rows[wrong]);
     Py_RETURN_NONE;

@@ -394,9 +394,10 @@ FOR_VARIANT static void VARIANT(follow)(float *x, const float *gradient, const f
     }
 }
 
-/* All the work of one client after another. */
-FOR_VARIANT static void VARIANT(train)(const chain_t *chain, const work_t *work, scratch_t *scratch) {
+/* All the work of one client after another; 0 if it was interrupted. */
+FOR_VARIANT static int VARIANT(train)(const chain_t *chain, const work_t *work, scratch_t *scratch) {
     const int64_t size = work->size, length = chain->parameters;
+    int64_t unasked = 0;
     for (int64_t client = 0; client < work->clients; client++) {
         float *x = work->x + client * work->x_stride, *out = work->out ? work->out + client * work->out_stride : 0;
         float *velocity = work->velocity ? work->velocity + client * work->x_stride : 0;
@@ -406,6 +407,11 @@ FOR_VARIANT static void VARIANT(train)(const chain_t *chain, const work_t *work,
         for (int64_t step = 0; step < work->steps && client < work->running[step]; step++) {
             const int64_t at = (step * work->clients + client) * size;
             const float *scale = work->scale + at;
+            if ((unasked += size * length) > UNASKED) {
+                if (work->interrupted())
+                    return 0;
+                unasked = 0;
+            }
             if (work->extras) {
                 VARIANT(step)(chain, x, scratch->gradient, work->rows + at, scale, size, scratch);
                 VARIANT(follow)(x, scratch->gradient, start, velocity, work->rate[client], work->extras, length);
@@ -423,6 +429,7 @@ FOR_VARIANT static void VARIANT(train)(const chain_t *chain, const work_t *work,
             store_some(x + i, some, subtract(load_some(x + i, some), load_some(start + i, some)));
         }
     }
+    return 1;
 }
 
 #undef load
