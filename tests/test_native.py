@@ -233,6 +233,29 @@ def test_what_is_not_finite_stays_so(activation: str | None, value: float) -> No
     assert not x.isfinite().all()
 
 
+@pytest.mark.parametrize("name", instruction_sets())
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_number_that_is_not_finite_is_told_wherever_it_stands(name: str, value: float) -> None:
+    chain = chain_of([5, 6, 3], ["relu"], True, "cross_entropy")
+    native, lr, steps = NativeForm(chain, name), torch.ones(3, 1), some_steps([1], 4, [4, 4, 4])
+    for place in range(parameters(chain, 1).shape[1]):
+        start = parameters(chain, 3)
+        start[1, place] = value
+        # The second client makes no step, so its difference is 0 but for this place.
+        told = native.update(aligned_stack(3, start), [steps], lr, start, Extras())
+        assert told == [True, False, True], place
+
+
+@pytest.mark.parametrize("name", instruction_sets())
+def test_large_numbers_are_finite_though_their_sum_is_not(name: str) -> None:
+    chain = chain_of([5, 6, 3], ["relu"], True, "cross_entropy")
+    start, update = parameters(chain, 1), aligned_stack(1, parameters(chain, 1))
+    told = NativeForm(chain, name).update(update, [some_steps([1], 4, [4])], torch.full((1, 1), 1e38), start, Extras())
+    assert update.isfinite().all()
+    assert not update.abs().sum().isfinite()
+    assert told == [True]
+
+
 # ---- what is wrong -------------------------------------------------------------------------------
 
 

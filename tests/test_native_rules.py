@@ -54,6 +54,20 @@ def compare(rule: Callable[..., LocalSGD], state: bool = False, **settings: Any)
             torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
 
 
+class Spoilt(LocalSGD):
+    """Makes something else of the update that C has found to be finite."""
+
+    def run(self, ctx: Context) -> dict[str, Tensor]:
+        made = super().run(ctx)
+        made["delta"][1, 2] = float("nan")
+        return made
+
+
+def test_what_a_rule_makes_of_a_finite_update_is_looked_at() -> None:
+    assert [each.finite for each in trained("native", LocalSGD(batch_size=3))] == [True, True, True]
+    assert [each.finite for each in trained("native", Spoilt(batch_size=3))] == [True, None, True]
+
+
 # ---- what hooks may do ---------------------------------------------------------------------------
 
 

@@ -46,6 +46,10 @@ FEW_PICKS = 16
 IDLE_CHANGES = 20_000
 """After so many presence changes during which nothing else happened a run is taken to be stuck."""
 
+GARBAGE = (5000, 20, 20)
+"""When to look for cyclic garbage. A run leaves none, but has thousands of tasks about that the usual thresholds, made
+for small programs, look through again and again."""
+
 CHANGING = (
     "current", "updates", "samples_done", "staleness_sum", "stopped", "warnings", "_version", "_picks", "_idle_changes",
 )  # fmt: skip
@@ -277,7 +281,9 @@ class Simulation(Federation):
         Raises:
             SimulationError: if the run cannot go on.
         """
+        usual = gc.get_threshold()
         gc.freeze()  # a run makes objects in great numbers; what was there before need not be looked through each time
+        gc.set_threshold(*GARBAGE)
         try:
             if not self._begun:
                 self._begin()
@@ -291,6 +297,7 @@ class Simulation(Federation):
 
             self.strategy.drive(self, advance)
         finally:
+            gc.set_threshold(*usual)
             gc.unfreeze()
         self.close()
         self.evaluation.final()

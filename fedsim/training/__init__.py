@@ -12,6 +12,7 @@ from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training.base import Result, SelfTrained, Sizes, Trainer, Work, out_of_memory
 from fedsim.training.general import GeneralTrainer
+from fedsim.training.memory import hold_freed
 from fedsim.training.native import instruction_sets
 from fedsim.training.stacked import StackedTrainer
 from fedsim.training.vmapped import VmapTrainer
@@ -50,6 +51,7 @@ def trainer_for(
         ConfigError: if the problem cannot be trained on the device, or there is no such kernel.
     """
     device = torch.device(device)
+    hold_freed()
     if isinstance(problem, SelfTrained):
         return problem.trainer(randomness, device)
     if not problem.trains:

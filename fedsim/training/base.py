@@ -51,7 +51,7 @@ class Result:
     group: int = 1
     """How many tasks were trained together."""
     finite: bool | None = None
-    """True if the payload is known to hold finite numbers only; None if nobody has looked."""
+    """True if the payload is known to hold finite numbers only; else it has to be looked at."""
     error: TaskError | None = None
     """What client code raised. It counts when the result is due and not before, so that a task nobody waits for any
     more cannot end a run."""

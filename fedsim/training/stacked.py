@@ -122,6 +122,8 @@ class StackedContext(Context):
         self.steps = batches.steps.copy()
         self.running = len(works)
         self.clients = batches.clients
+        self.finite: list[bool] | None = None
+        """Of which clients :meth:`update` is finite everywhere, if it was asked for."""
         self._batches, self._form, self._randomness = batches, form, randomness
 
     @property
@@ -223,7 +225,7 @@ class StackedContext(Context):
         if not isinstance(self._form, NativeForm) or self._form.l2:
             return None
         new = aligned_stack(len(self.clients), self._start)
-        self._form.update(new, self._batches.blocks(new), self.lr, self._from_for(new), extras)
+        self.finite = self._form.update(new, self._batches.blocks(new), self.lr, self._from_for(new), extras)
         return new
 
     def rng(self, purpose: str) -> Draw:
@@ -332,7 +334,10 @@ class StackedTrainer(Trainer):
             if len(works) > 1:  # whose fault it was shows when each is trained by itself
                 return [result for work in works for result in self._train_alike([work])]
             return [failure(rule, works[0], context.step + 1, 1, error)]
-        steps, finite, count = context.steps.tolist(), finite_rows(made, len(lanes)), len(works)
+        # What a rule has made of the update in a run of its own is looked at anew.
+        known: Sequence[bool | None] | None = context.finite if type(rule).run is LocalSGD.run else None
+        finite = finite_rows(made, len(lanes)) if known is None else known
+        steps, count = context.steps.tolist(), len(works)
         return [Result(payload[lane], state[lane], steps[lane], count, finite[lane]) for lane in range(count)]
 
     def _form_for(self, size: int) -> StackForm | Paired | None:

@@ -3,8 +3,8 @@
 #pragma once
 #include <stdint.h>
 
-/* To be raised when the bits change, with REVISION in form.py. */
-#define REVISION 1
+/* To be raised when the bits or what `train` takes change, with REVISION in form.py. */
+#define REVISION 2
 
 enum activation { NO_ACTIVATION, RELU, TANH };
 enum loss { CROSS_ENTROPY, BINARY, SQUARED };
@@ -45,6 +45,7 @@ typedef struct {
     const float *start; /* [clients, start_stride], or one for all with stride 0: what the clients downloaded */
     int64_t start_stride;
     int64_t first, last; /* whether x is to be filled from `start` before these steps, and to have it taken off after */
+    uint8_t *finite;     /* [clients], with `last`: whether what is left then is finite everywhere */
     const extras_t *extras;   /* if steps are more than plain ones */
     float *velocity;          /* [clients, x_stride], with momentum; 0 before a client's first step */
     int (*interrupted)(void); /* whether the work is to be left as it is; asked now and then */

@@ -18,8 +18,9 @@ from fedsim.local import Extras
 from fedsim.problems.chain import Chain
 from fedsim.training.batches import Batch, Steps
 
-REVISION = 1
-"""Of the C text: what was built from an older one is left alone. To be raised, in ``chain.h`` too, when bits change."""
+REVISION = 2
+"""Of the C text: what was built from an older one is left alone. To be raised, in ``chain.h`` too, when bits change or
+what ``train`` takes."""
 
 FEWEST, MOST = 2, 128
 """Clients in a stack."""
@@ -127,14 +128,22 @@ class NativeForm:
         for steps in blocks:
             self._work(steps, x, lr, start=start, more=_more(extras, velocity))
 
-    def update(self, x: Tensor, blocks: Iterable[Steps], lr: Tensor, start: Tensor, extras: Extras) -> None:
-        """As :meth:`descend_all`, but from ``start`` on, and what ``x`` is filled with is the difference from it."""
-        velocity, missing = self._at_rest(x, extras), True
+    def update(self, x: Tensor, blocks: Iterable[Steps], lr: Tensor, start: Tensor, extras: Extras) -> list[bool]:
+        """As :meth:`descend_all`, but from ``start`` on, and what ``x`` is filled with is the difference from it.
+
+        Returns:
+            Of each client whether all of its difference is finite, ``[n]``.
+        """
+        velocity, finite = self._at_rest(x, extras), torch.ones(len(x), dtype=torch.bool)
+        missing = True
         for steps, first, last in _with_ends(blocks):
-            self._work(steps, x, lr, start=start, ends=(first, last), more=_more(extras, velocity))
+            ends = first, last, finite.data_ptr()
+            self._work(steps, x, lr, start=start, ends=ends, more=_more(extras, velocity))
             missing = False
         if missing:  # no examples, no steps
             x.zero_()
+        flags: list[bool] = finite.tolist()
+        return flags
 
     def _at_rest(self, x: Tensor, extras: Extras) -> Tensor | None:
         """The velocities before the first step, as far apart as the rows of ``x``, if there are any."""
@@ -143,7 +152,7 @@ class NativeForm:
 
     def _work(
         self, steps: Steps, x: Tensor, lr: Tensor | None = None, out: Tensor | None = None,
-        start: Tensor | None = None, ends: tuple[int, int] = (0, 0), more: tuple[float, ...] = NOTHING,
+        start: Tensor | None = None, ends: tuple[int, int, int] = (0, 0, 0), more: tuple[float, ...] = NOTHING,
     ) -> None:  # fmt: skip
         rows, scale, running = steps.rows.contiguous(), steps.scale.contiguous(), steps.running
         clients = rows.shape[1]

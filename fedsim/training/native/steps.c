@@ -194,12 +194,13 @@ static int interrupted(void) {
 
 static PyObject *train(PyObject *module, PyObject *args) {
     PyObject *capsule;
-    unsigned long long rows, scale, running, rate, x, out, start, velocity;
+    unsigned long long rows, scale, running, rate, x, out, start, finite, velocity;
     long long clients, steps, size, x_stride, out_stride, start_stride, first, last, more;
     extras_t extras;
-    if (!PyArg_ParseTuple(args, "O(LLL)(KKK)K(KL)(KL)(KLLL)(LffffK)", &capsule, &steps, &clients, &size, &rows, &scale,
+    if (!PyArg_ParseTuple(args, "O(LLL)(KKK)K(KL)(KL)(KLLLK)(LffffK)", &capsule, &steps, &clients, &size, &rows, &scale,
                           &running, &rate, &x, &x_stride, &out, &out_stride, &start, &start_stride, &first, &last,
-                          &more, &extras.clip, &extras.weight_decay, &extras.prox, &extras.momentum, &velocity)) {
+                          &finite, &more, &extras.clip, &extras.weight_decay, &extras.prox, &extras.momentum,
+                          &velocity)) {
         return NULL;
     }
     const kept_t *kept = PyCapsule_GetPointer(capsule, KEPT);
@@ -221,6 +222,7 @@ static PyObject *train(PyObject *module, PyObject *args) {
         start_stride,
         first,
         last,
+        (uint8_t *)(uintptr_t)finite,
         more ? &extras : NULL,
         (float *)(uintptr_t)velocity,
         interrupted,
@@ -248,7 +250,7 @@ static PyMethodDef methods[] = {
      "chain(variant, parameters, layers, count, loss, inputs, targets, examples): what train() works on."},
     {"train", train, METH_VARARGS,
      "train(chain, (steps, clients, size), (rows, scale, running), rate, (x, stride), (out, stride), (start, stride, "
-     "first, last), "
+     "first, last, finite), "
      "(more, clip, weight_decay, prox, momentum, velocity)): see work_t."},
     {NULL, NULL, 0, NULL},
 };

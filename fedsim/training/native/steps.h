@@ -394,6 +394,18 @@ FOR_VARIANT static void VARIANT(follow)(float *x, const float *gradient, const f
     }
 }
 
+/* x <- x - start; whether that is finite everywhere. */
+HERE uint8_t VARIANT(leave)(float *x, const float *start, int64_t length) {
+    LANES nothing = all(0.0f);
+    for (int64_t i = 0; i < length; i += 16) {
+        const int some = (int)VARIANT(least)(length - i, 16);
+        const LANES left = subtract(load_some(x + i, some), load_some(start + i, some));
+        nothing = fused(left, all(0.0f), nothing); /* not a number from the first that is not finite on */
+        store_some(x + i, some, left);
+    }
+    return sum(nothing) == 0.0f;
+}
+
 /* All the work of one client after another; 0 if it was interrupted. */
 FOR_VARIANT static int VARIANT(train)(const chain_t *chain, const work_t *work, scratch_t *scratch) {
     const int64_t size = work->size, length = chain->parameters;
@@ -424,10 +436,8 @@ FOR_VARIANT static int VARIANT(train)(const chain_t *chain, const work_t *work, 
             }
             VARIANT(step)(chain, x, out, work->rows + at, scale, size, scratch);
         }
-        for (int64_t i = 0; work->last && i < length; i += 16) {
-            const int some = (int)VARIANT(least)(length - i, 16);
-            store_some(x + i, some, subtract(load_some(x + i, some), load_some(start + i, some)));
-        }
+        if (work->last)
+            work->finite[client] = VARIANT(leave)(x, start, length);
     }
     return 1;
 }
