@@ -1,13 +1,16 @@
-"""Memory for stacks is taken from the system once, not in every round."""
+"""Memory for stacks is taken from the system once, not in every round; and garbage is looked for seldom."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 
 import pytest
 
+import fedsim
+from fedsim.strategies.fedavg import FedAvg
 from fedsim.training.memory import SETTINGS, hold_freed
 
 ROUNDS = """
@@ -58,3 +61,18 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
         assert faults("held", **{name: "" if name == "GLIBC_TUNABLES" else "131072"})[0] is False
     monkeypatch.setenv(SETTINGS[0], "131072")
     assert not hold_freed()
+
+
+@pytest.mark.parametrize(("own", "within"), [((700, 10, 10), 5000), ((9000, 10, 10), 9000), ((0, 0, 0), 0)])
+def test_a_run_looks_for_garbage_seldom_and_leaves_the_setting_as_it_was(own: tuple[int, ...], within: int) -> None:
+    usual, seen = gc.get_threshold(), []
+    gc.set_threshold(*own)
+    try:
+        fedsim.simulate(
+            FedAvg(), fedsim.ScheduleOnly(), stop=fedsim.Stop(rounds=1), clients=10, cohort=2,
+            observer=lambda sim: seen.append(gc.get_threshold()[0]),
+        )  # fmt: skip
+        assert gc.get_threshold() == own
+    finally:
+        gc.set_threshold(*usual)
+    assert set(seen) == {within}

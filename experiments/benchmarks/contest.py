@@ -77,7 +77,7 @@ class Contestant:
     Args:
         name: what tables call it.
         command: of the process; it speaks as :class:`experiments.benchmarks.orders.Orders` does.
-        warm_up: seconds it trains before anything is measured, at least one round; Ray's workers join one by one.
+        warm_up: seconds it trains before anything is measured, at least one round.
 
     Raises:
         RuntimeError: from any method, with the end of what the process said, if it has ended or does not answer.

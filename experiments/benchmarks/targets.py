@@ -42,7 +42,7 @@ TARGETS = (
     Target("W1b", "W1b inline, speed per core", 1.4, "x naive"),
     Target("W2a", "W2a inline, speed per core", 1.15, "x naive"),
     Target("W2b", "W2b inline, speed per core", 1.15, "x naive"),
-    Target("W3", "W3 inline, speed per core", 4.0, "x naive", gated=False),
+    Target("W3", "W3 inline, speed per core", 4.0, "x naive"),
     Target("W1a ray", "W1a, Ray with 2 workers against 1, wall", 1.7, "x", gated=False),
     Target("W2a ray", "W2a, Ray with 2 workers against 1, wall", 1.7, "x", gated=False),
     Target("W2b ray", "W2b, Ray with 2 workers against 1, wall", 1.7, "x", gated=False),

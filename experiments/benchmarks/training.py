@@ -12,6 +12,9 @@ from experiments.benchmarks import tensors
 from experiments.benchmarks.contest import Contestant, Measured, contest, interleaved
 from experiments.benchmarks.workloads import ASYNCHRONOUS, IN_FLIGHT, Workload
 
+WARM_UP = 2.0
+"""Seconds until a contestant has looked at most of its data once and has all libraries it needs."""
+
 RAY_WARM_UP = 8.0
 """Seconds until all of Ray's workers have joined."""
 
@@ -22,7 +25,7 @@ AGREEMENT = 1e-5
 def naive(path: Path, workload: Workload, device: str = "cpu") -> Contestant:
     """The hand-written loop."""
     command = [sys.executable, "-m", "experiments.benchmarks.naive", str(path), workload.to_json(), device]
-    return Contestant("naive", command)
+    return Contestant("naive", command, WARM_UP)
 
 
 def ours(path: Path, workload: Workload, pool: str = "inline", method: str = "fedavg") -> Contestant:
@@ -39,13 +42,13 @@ def ours(path: Path, workload: Workload, pool: str = "inline", method: str = "fe
     out = path.parent / f"{path.stem}-{pool.replace(':', '')}-{method}"
     module = [sys.executable, "-m", "experiments.benchmarks.ours"]
     command = [*module, str(path), workload.to_json(), method, pool, str(out)]
-    return Contestant(name, command, warm_up=RAY_WARM_UP if pool.startswith("ray") else 0.0)
+    return Contestant(name, command, RAY_WARM_UP if pool.startswith("ray") else WARM_UP)
 
 
 def elsewhere(simulator: str, python: str, path: Path, workload: Workload) -> Contestant:
     """Another simulator, ``flwr`` or ``pfl``, by its adapter under its own interpreter."""
     module = f"experiments.benchmarks.{simulator}_adapter"
-    return Contestant(simulator, [python, "-m", module, str(path), workload.to_json()], warm_up=RAY_WARM_UP)
+    return Contestant(simulator, [python, "-m", module, str(path), workload.to_json()], RAY_WARM_UP)
 
 
 def run_contest(

@@ -283,7 +283,8 @@ class Simulation(Federation):
         """
         usual = gc.get_threshold()
         gc.freeze()  # a run makes objects in great numbers; what was there before need not be looked through each time
-        gc.set_threshold(*GARBAGE)
+        if 0 < usual[0] < GARBAGE[0]:  # the user may have other plans
+            gc.set_threshold(*GARBAGE)
         try:
             if not self._begun:
                 self._begin()
