@@ -200,9 +200,11 @@ def check_resumable(out: Any, identity: Mapping[str, Any], allow_changes: bool) 
         raise ConfigError(f"out={out}: holds a run of another configuration, see its config.yaml")
     changed = differences(before, identity)
     if changed and not allow_changes:
+        kernel = before.get("execution", {}).get("kernel")
+        same = f"pool.kernel={kernel} is what it was; " if any(one.startswith("kernel ") for one in changed) else ""
         raise ConfigError(
             f"{out}: was begun with something else ({'; '.join(changed)}), so its results may not be reproducible; "
-            "to go on nevertheless: fedsim resume --allow-changes"
+            f"{same}to go on nevertheless: fedsim resume --allow-changes"
         )
     return {**identity, "changed_on_resume": [*before.get("changed_on_resume", []), *changed]}
 

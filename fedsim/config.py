@@ -23,7 +23,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, IntervalSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -236,7 +236,7 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     """The members of a sweep, each as its own overrides, in Hydra's order.
 
     Raises:
-        ConfigError: if an override cannot be read.
+        ConfigError: if an override cannot be read, or one has no value at all.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
@@ -244,6 +244,9 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise ConfigError(f"{error.override}: cannot be read as key=value") from None
+    for each in parsed:
+        if each.is_range_sweep() and next(each.sweep_string_iterator(), None) is None:
+            raise ConfigError(f"{each.input_line}: the range is empty, its end is not part of it")
     try:
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except (HydraException, AssertionError, ValueError) as error:
@@ -264,6 +267,8 @@ def spelt_out(overrides: Sequence[str], folder: Path) -> list[str]:
     found = []
     for text, each in zip(overrides, parsed, strict=True):
         pattern, group = each.value(), each.key_or_group
+        if isinstance(pattern, ChoiceSweep) and any(isinstance(one, Glob) for one in pattern.list):
+            raise ConfigError(f"{text}: glob stands alone, several patterns are {group}=glob([one*,other*])")
         if not isinstance(pattern, Glob):
             found.append(text)
             continue

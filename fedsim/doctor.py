@@ -27,12 +27,12 @@ def main() -> int:
     """Print what was found; 0 if everything works, else 1."""
     import torch
 
-    from fedsim.training.native import instruction_sets
+    from fedsim.training.native import instruction_sets, why_not
 
     print(f"fedsim {__version__}, Python {platform.python_version()}, {platform.platform()}")
     print(", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES))
     print(f"cores {os.cpu_count()}, instruction set {torch.backends.cpu.get_cpu_capability()}")
-    native = ", ".join(instruction_sets()) or "not there: no C compiler when fedsim was installed, or no AVX2"
+    native = ", ".join(instruction_sets()) or f"not there: {why_not()}"
     print(f"native kernel: {native}")
     checks = (("embedded images", _data), ("same bits for any group size", _same_bits))
     sound = True

@@ -8,9 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from torch import Tensor
 
 import fedsim
+from fedsim.local import Context
+from fedsim.simulation.garbage import COLLECTOR, SELDOM
 from fedsim.strategies.fedavg import FedAvg
+from fedsim.system.faults import Faults
 from fedsim.training.memory import SETTINGS, hold_freed
 
 ROUNDS = """
@@ -76,3 +80,54 @@ def test_a_run_looks_for_garbage_seldom_and_leaves_the_setting_as_it_was(own: tu
     finally:
         gc.set_threshold(*usual)
     assert set(seen) == {within}
+
+
+def test_what_the_last_of_several_runs_leaves_is_what_was_there_before_the_first() -> None:
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    first, second, third = COLLECTOR.seldom(), COLLECTOR.seldom(), COLLECTOR.seldom()
+    first.__enter__()
+    within = gc.get_threshold()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert (gc.get_threshold(), gc.get_freeze_count() > 0) == (within, True)  # one is still at work
+    second.__exit__(None, None, None)
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, frozen)
+    assert within == tuple(map(max, before, SELDOM)) != before
+    with third:
+        gc.set_threshold(1234)
+    assert gc.get_threshold()[0] == 1234  # set by somebody else
+    gc.set_threshold(*before)
+
+
+def test_what_the_user_has_frozen_stays_frozen() -> None:
+    gc.freeze()
+    count = gc.get_freeze_count()
+    try:
+        with COLLECTOR.seldom():
+            pass
+        assert gc.get_freeze_count() >= count - 100  # objects die
+    finally:
+        gc.unfreeze()
+
+
+class Raises(fedsim.LocalSGD):
+    """Fails on some clients."""
+
+    def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
+        if 0 in ctx.clients:
+            raise ValueError("not here")
+        return super().finish(ctx, x)
+
+
+def test_client_code_that_raises_leaves_no_stacks_behind() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        run = fedsim.simulate(
+            FedAvg(Raises()), fedsim.Quadratic(), fedsim.System(faults=Faults(on_error="drop")),
+            stop=fedsim.Stop(updates=9), clients=4, cohort=4,
+        )  # fmt: skip
+        assert run.summary["outcomes"]["failed"] == 3
+        assert not [each for each in gc.get_objects() if issubclass(type(each), Context)]
+    finally:
+        gc.enable()

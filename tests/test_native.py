@@ -319,6 +319,11 @@ def test_what_was_built_from_another_text_is_left_alone(monkeypatch: pytest.Monk
         form._built.cache_clear()
         monkeypatch.setattr(form, "REVISION", revision)
         assert (form._built() is not None) is found
+        assert form.why_not() == (
+            "the processor has no AVX2" if found else "what was built does not fit this fedsim, install it again"
+        )
+    monkeypatch.setattr(form.importlib.util, "find_spec", lambda name: None)
+    assert form.why_not() == "there was no C compiler when fedsim was installed"
     form._built.cache_clear()
 
 

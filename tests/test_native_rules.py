@@ -63,9 +63,29 @@ class Spoilt(LocalSGD):
         return made
 
 
+class Instead(LocalSGD):
+    """Has C make an update, and sends something else."""
+
+    def begin(self, ctx: Context) -> None:
+        ctx.update(Extras())  # type: ignore[attr-defined]
+
+    def finish(self, ctx: Context, x: Tensor) -> dict[str, Tensor]:
+        delta = x - ctx.start
+        delta[1, 2] = float("nan")
+        return {"delta": delta}
+
+
+def wrapped() -> LocalSGD:
+    """A rule whose own ``run`` was exchanged for one that spoils what it has made."""
+    rule = LocalSGD(batch_size=3)
+    rule.run = Spoilt(batch_size=3).run  # type: ignore[method-assign]
+    return rule
+
+
 def test_what_a_rule_makes_of_a_finite_update_is_looked_at() -> None:
     assert [each.finite for each in trained("native", LocalSGD(batch_size=3))] == [True, True, True]
-    assert [each.finite for each in trained("native", Spoilt(batch_size=3))] == [True, None, True]
+    for rule in (Spoilt(batch_size=3), Instead(batch_size=3), wrapped()):
+        assert [each.finite for each in trained("native", rule)] == [True, None, True]
 
 
 # ---- what hooks may do ---------------------------------------------------------------------------

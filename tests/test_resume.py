@@ -295,8 +295,12 @@ def test_other_versions_or_code_are_told_and_need_a_flag(tmp_path: Path) -> None
     path.write_text(json.dumps(identity))
     with pytest.raises(fedsim.ConfigError, match=r"torch 1\.0\.0 -> .*; the code .*--allow-changes"):
         everything(tmp_path / "run", resume=True)
+    identity["execution"] = {"kernel": "other"}
+    path.write_text(json.dumps(identity))
+    with pytest.raises(fedsim.ConfigError, match=r"pool\.kernel=other is what it was; to go on nevertheless: .*"):
+        everything(tmp_path / "run", resume=True)
     run = everything(tmp_path / "run", resume=True, allow_changes=True)
-    assert len(run.manifest["changed_on_resume"]) == 2
+    assert len(run.manifest["changed_on_resume"]) == 3
     assert run.manifest["versions"]["torch"] == torch.__version__
 
 

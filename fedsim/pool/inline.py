@@ -10,7 +10,7 @@ from fedsim.local import LocalSGD
 from fedsim.pool.base import Pool, check_device, device_setting, group_setting, kernel_setting
 from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
-from fedsim.training import Result, Trainer, Work, trainer_for
+from fedsim.training import Result, Trainer, Work, release_freed, trainer_for
 
 
 class InlinePool(Pool):
@@ -80,3 +80,4 @@ class InlinePool(Pool):
         """Drop the trainer and what was not asked for."""
         self._trainer = None
         self._results.clear()
+        release_freed()

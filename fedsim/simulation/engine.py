@@ -8,7 +8,6 @@ the result and hands it to the strategy, whose ``publish`` decides the outcome a
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ from fedsim.pool import Pool
 from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
 from fedsim.simulation.evaluation import Evaluation
+from fedsim.simulation.garbage import COLLECTOR
 from fedsim.simulation.lifecycle import Lifecycle
 from fedsim.simulation.links import Links
 from fedsim.simulation.stop import Stop
@@ -45,10 +45,6 @@ FEW_PICKS = 16
 
 IDLE_CHANGES = 20_000
 """After so many presence changes during which nothing else happened a run is taken to be stuck."""
-
-GARBAGE = (5000, 20, 20)
-"""When to look for cyclic garbage. A run leaves none, but has thousands of tasks about that the usual thresholds, made
-for small programs, look through again and again."""
 
 CHANGING = (
     "current", "updates", "samples_done", "staleness_sum", "stopped", "warnings", "_version", "_picks", "_idle_changes",
@@ -281,11 +277,7 @@ class Simulation(Federation):
         Raises:
             SimulationError: if the run cannot go on.
         """
-        usual = gc.get_threshold()
-        gc.freeze()  # a run makes objects in great numbers; what was there before need not be looked through each time
-        if 0 < usual[0] < GARBAGE[0]:  # the user may have other plans
-            gc.set_threshold(*GARBAGE)
-        try:
+        with COLLECTOR.seldom():
             if not self._begun:
                 self._begin()
 
@@ -297,9 +289,6 @@ class Simulation(Federation):
                 return self.stopped is None
 
             self.strategy.drive(self, advance)
-        finally:
-            gc.set_threshold(*usual)
-            gc.unfreeze()
         self.close()
         self.evaluation.final()
 

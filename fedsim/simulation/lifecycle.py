@@ -66,10 +66,10 @@ class Lifecycle:
         self._check_free(ids)
         asked = None if steps is None else _steps(steps, len(ids))
         starts = None if start is None else self._starts(start, len(ids))
-        order = Order(job, tag, sim.kernel.now, local, held, None if deadline is None else to_ns(deadline))
-        numbers = []
+        shared = job, tag, sim.kernel.now, local, held, None if deadline is None else to_ns(deadline)
+        order, first = Order._make(shared), self._next
         for place, client in enumerate(ids):
-            number = self._next + place
+            number = first + place
             task = LiveTask(number, client, order)
             if asked is not None:
                 task.steps = asked[place]
@@ -78,9 +78,8 @@ class Lifecycle:
             self._open[number] = self.of_client[client] = task
             self.busy[client] = True
             self.requested.append(task)
-            numbers.append(number)
-        self._next += len(ids)
-        return numbers
+        self._next = first + len(ids)
+        return list(range(first, self._next))
 
     def _check_free(self, ids: list[int]) -> None:
         """Refuse clients that there are not, or that have a task already."""
@@ -210,6 +209,7 @@ class Lifecycle:
         if error.fatal or self.sim.system.faults.on_error == "fail":
             raise TaskError(said, task.id) from error
         self.sim.warn(f"a task is lost, {said}", "client code that raised")
+        error.__cause__ = None  # its traceback holds whole stacks, and they hold it
         task.ended, task.why = task.upload_started, "failed"
         self.lose(task)
 

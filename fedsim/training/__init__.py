@@ -12,14 +12,15 @@ from fedsim.problems.base import Problem
 from fedsim.rng import Randomness
 from fedsim.training.base import Result, SelfTrained, Sizes, Trainer, Work, out_of_memory
 from fedsim.training.general import GeneralTrainer
-from fedsim.training.memory import hold_freed
-from fedsim.training.native import instruction_sets
+from fedsim.training.memory import hold_freed, release_freed
+from fedsim.training.native import instruction_sets, why_not
 from fedsim.training.stacked import StackedTrainer
 from fedsim.training.vmapped import VmapTrainer
 
 __all__ = [
     "KERNELS", "GeneralTrainer", "Result", "SelfTrained", "Sizes", "StackedTrainer", "Trainer", "VmapTrainer", "Work",
-    "kernel_for", "out_of_memory", "trainer_for",
+    "kernel_for", "out_of_memory", "release_freed",
+    "trainer_for",
 ]  # fmt: skip
 
 
@@ -34,10 +35,7 @@ def kernel_for(setting: str) -> str:
         ConfigError: if this machine has no native kernel and it must be that.
     """
     if setting == "native" and not instruction_sets():
-        raise ConfigError(
-            "kernel=native: is not there (it needs a C compiler when fedsim is installed, and a processor with AVX2); "
-            "take kernel=auto or kernel=torch"
-        )
+        raise ConfigError(f"kernel=native: is not there ({why_not()}); take kernel=auto or kernel=torch")
     return "native" if setting != "torch" and instruction_sets() else "torch"
 
 

@@ -13,9 +13,12 @@ HEAP_ITEM = 2**25
 """
 
 HELD = 2**28
-"""Bytes at the heap's end that are kept for what comes next."""
+"""Free bytes at the heap's end beyond which they go back to the system. What lies below something in use stays anyway.
+"""
 
-SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+SETTINGS = (
+    "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES",
+)  # fmt: skip
 """Variables by which a user says what the heap does."""
 
 
@@ -30,3 +33,10 @@ def hold_freed() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, HEAP_ITEM) and mallopt(M_TRIM_THRESHOLD, HELD))
+
+
+def release_freed() -> None:
+    """Have the C library give back to the system what is free now; another one does as it likes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

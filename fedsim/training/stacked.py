@@ -122,8 +122,8 @@ class StackedContext(Context):
         self.steps = batches.steps.copy()
         self.running = len(works)
         self.clients = batches.clients
-        self.finite: list[bool] | None = None
-        """Of which clients :meth:`update` is finite everywhere, if it was asked for."""
+        self._made: tuple[Tensor, int, list[bool]] | None = None
+        """What :meth:`update` made last, how often that had been written to then, and who in it is finite."""
         self._batches, self._form, self._randomness = batches, form, randomness
 
     @property
@@ -225,8 +225,20 @@ class StackedContext(Context):
         if not isinstance(self._form, NativeForm) or self._form.l2:
             return None
         new = aligned_stack(len(self.clients), self._start)
-        self.finite = self._form.update(new, self._batches.blocks(new), self.lr, self._from_for(new), extras)
+        finite = self._form.update(new, self._batches.blocks(new), self.lr, self._from_for(new), extras)
+        self._made = new, new._version, finite
         return new
+
+    def finite(self, payload: Mapping[str, Tensor]) -> Sequence[bool | None]:
+        """For each client True if all it sends is finite, None or False if that is not certain.
+
+        What was seen when the update was made counts only where that tensor is sent, alone and as it was.
+        """
+        if self._made is not None and len(payload) == 1:
+            made, written, finite = self._made
+            if next(iter(payload.values())) is made and made._version == written:
+                return finite
+        return finite_rows(payload, len(self.clients))
 
     def rng(self, purpose: str) -> Draw:
         """The keys of these tasks, one for each row."""
@@ -330,15 +342,15 @@ class StackedTrainer(Trainer):
             made = moved(rule.run(context), "cpu")
             payload = divided(made, "the payload", len(lanes))
             state = unstacked(moved(context.state, "cpu"), "ctx.state", len(lanes))
+            finite = context.finite(made)
         except (Exception, SystemExit) as error:
-            if len(works) > 1:  # whose fault it was shows when each is trained by itself
-                return [result for work in works for result in self._train_alike([work])]
-            return [failure(rule, works[0], context.step + 1, 1, error)]
-        # What a rule has made of the update in a run of its own is looked at anew.
-        known: Sequence[bool | None] | None = context.finite if type(rule).run is LocalSGD.run else None
-        finite = finite_rows(made, len(lanes)) if known is None else known
-        steps, count = context.steps.tolist(), len(works)
-        return [Result(payload[lane], state[lane], steps[lane], count, finite[lane]) for lane in range(count)]
+            if len(works) == 1:
+                return [failure(rule, works[0], context.step + 1, 1, error)]
+        else:
+            steps, count = context.steps.tolist(), len(works)
+            return [Result(payload[lane], state[lane], steps[lane], count, finite[lane]) for lane in range(count)]
+        # Whose fault it was shows when each is trained by itself.
+        return [result for work in works for result in self._train_alike([work])]
 
     def _form_for(self, size: int) -> StackForm | Paired | None:
         """What makes gradients of batches of this size."""

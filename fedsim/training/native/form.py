@@ -6,6 +6,7 @@ and every sum has one order that the text fixes, so they do not depend on the in
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -47,6 +48,15 @@ def _built() -> Any:
     except ImportError:  # no compiler when fedsim was installed
         return None
     return _steps if _steps.REVISION == REVISION else None
+
+
+def why_not() -> str:
+    """Why there is no kernel, if :func:`instruction_sets` is empty."""
+    if _built() is not None:
+        return "the processor has no AVX2"
+    if importlib.util.find_spec("fedsim.training.native._steps") is None:
+        return "there was no C compiler when fedsim was installed"
+    return "what was built does not fit this fedsim, install it again"
 
 
 @cache
@@ -154,7 +164,7 @@ class NativeForm:
         self, steps: Steps, x: Tensor, lr: Tensor | None = None, out: Tensor | None = None,
         start: Tensor | None = None, ends: tuple[int, int, int] = (0, 0, 0), more: tuple[float, ...] = NOTHING,
     ) -> None:  # fmt: skip
-        rows, scale, running = steps.rows.contiguous(), steps.scale.contiguous(), steps.running
+        rows, scale, running = steps.rows.to(torch.int64).contiguous(), steps.scale.contiguous(), steps.running
         clients = rows.shape[1]
         self._check(x, clients)
         rates = None if lr is None else lr[:clients].to(x.dtype).expand(clients, 1).contiguous()
