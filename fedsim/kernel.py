@@ -117,11 +117,11 @@ class Kernel:
         heap, cancelled, last = self._heap, self._cancelled, self.handled + self.limit
         while True:
             if heap and heap[0][0] == time:
-                _, _, _, _, handle_id, event = heappop(heap)
-                if cancelled and handle_id in cancelled:
-                    cancelled.remove(handle_id)
+                entry = heappop(heap)
+                if cancelled and entry[4] in cancelled:
+                    cancelled.remove(entry[4])
                     continue
-                handle(event)
+                handle(entry[5])
             elif not conclude():
                 break
             self.handled += 1

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -115,10 +116,9 @@ class Log:
                 self._blocks.append([None] * BLOCK)
                 self._open.append(BLOCK)
                 self._pack(len(self._blocks) - 2)
-        rows = self._blocks[block]
-        rows[place] = row
-        self._open[block] -= 1
-        if not self._open[block]:
+        self._blocks[block][place] = row
+        self._open[block] = left = self._open[block] - 1
+        if not left:
             self._pack(block)
 
     def pop(self) -> None:
@@ -217,11 +217,28 @@ class Log:
 
 
 def _array(values: Sequence[Any], type: pa.DataType) -> pa.Array:
-    """Values as an arrow array; many columns hold one value over and over, and strings are slow to look at."""
+    """Values as an arrow array; many columns hold one value over and over, and arrow looks at each by itself."""
     import pyarrow as pa
 
-    alike = not pa.types.is_floating(type) and values and values.count(values[0]) == len(values)  # -0.0 == 0.0
-    return pa.repeat(pa.scalar(values[0], type=type), len(values)) if alike else pa.array(values, type=type)
+    count, floats = len(values), pa.types.is_floating(type)
+    if count and not floats and values[0] == values[-1] and values.count(values[0]) == count:  # -0.0 == 0.0
+        return pa.repeat(pa.scalar(values[0], type=type), count)
+    if not pa.types.is_string(type):
+        try:
+            packed = struct.pack(f"{count}{'d' if floats else 'q'}", *values)
+        except struct.error:  # one is missing
+            return pa.array(values, type=type)
+        return pa.Array.from_buffers(type, count, [None, pa.py_buffer(packed)])
+    return pa.array(values, type=type)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    """Write a parquet file. Looking for repeated numbers takes longer than writing them, and makes the file larger."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    pq.write_table(table, path, use_dictionary=texts)
 
 
 def _widened(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
@@ -325,8 +342,6 @@ class RunDirectory:
 
     def flush(self, name: str, log: Log) -> None:
         """Write the closed rows of ``log`` not yet written as a new part of the table ``name``."""
-        import pyarrow.parquet as pq
-
         folder = self.path / f"{name}.parquet"
         folder.mkdir(exist_ok=True)
         first, last = self._written.get(name, 0), log.closed()
@@ -334,7 +349,7 @@ class RunDirectory:
         if last == first and part:  # an empty table still gets one part
             return
         draft = folder / f".part-{part:06d}.draft"
-        pq.write_table(log.table(first, last), draft)
+        _write(log.table(first, last), draft)
         with open(draft, "rb+") as written:
             os.fsync(written.fileno())  # a checkpoint counts on it, also after a power failure
         os.replace(draft, folder / f"part-{part:06d}.parquet")
@@ -387,12 +402,10 @@ class RunDirectory:
         self._replace(name, pa.table({key: np.asarray(values) for key, values in columns.items()}))
 
     def _replace(self, name: str, table: pa.Table) -> None:
-        import pyarrow.parquet as pq
-
         folder = self.path / f"{name}.parquet"
         folder.mkdir(exist_ok=True)
         draft = folder / ".part-000000.draft"
-        pq.write_table(table, draft)
+        _write(table, draft)
         os.replace(draft, folder / "part-000000.parquet")
 
 

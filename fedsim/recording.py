@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from fedsim.checkpoint import CheckpointFolder, CheckpointSchedule
 from fedsim.checks import ConfigError, FedsimError, SimulationError, said
 from fedsim.encoding import UnreadableError
-from fedsim.record import MARKER, RunDirectory
+from fedsim.record import MARKER, Log, RunDirectory
 from fedsim.simulation import Simulation
 from fedsim.version import __version__
 
@@ -38,18 +39,39 @@ IDENTITY = "identity.json"
 """What a run is, in its ``checkpoint`` folder from the beginning; at the end it becomes part of the manifest."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
-    """What a run leaves: tables as pandas, the model by parameter name, and what it was."""
+    """What a run leaves: tables, made pandas when first asked for, the model by parameter name, and what it was."""
 
-    metrics: pd.DataFrame
-    events: pd.DataFrame
-    links: pd.DataFrame
-    clients: pd.DataFrame
+    logs: Mapping[str, Log]
+    """``metrics``, ``events`` and ``links``."""
+    client_columns: Mapping[str, Any]
     model: dict[str, Tensor]
     summary: dict[str, Any]
     manifest: dict[str, Any]
     path: Path | None
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """A row per evaluation."""
+        return self.logs["metrics"].frame()
+
+    @cached_property
+    def events(self) -> pd.DataFrame:
+        """A row per task."""
+        return self.logs["events"].frame()
+
+    @cached_property
+    def links(self) -> pd.DataFrame:
+        """A row per message between nodes."""
+        return self.logs["links"].frame()
+
+    @cached_property
+    def clients(self) -> pd.DataFrame:
+        """A row per client."""
+        import pandas as pd
+
+        return pd.DataFrame(dict(self.client_columns))
 
 
 class Recording:
@@ -251,13 +273,9 @@ class Recording:
             self.directory.write_json("manifest.json", manifest)
             shutil.rmtree(self.directory.path / "checkpoint")  # there is nothing left to go on with
         self.close()
-        import pandas as pd
-
         return Run(
-            metrics=sim.evaluation.log.frame(),
-            events=sim.tasks.log.frame(),
-            links=sim.links.log.frame(),
-            clients=pd.DataFrame(clients),
+            logs={"metrics": sim.evaluation.log, "events": sim.tasks.log, "links": sim.links.log},
+            client_columns=clients,
             model=model,
             summary=summary,
             manifest=manifest,
@@ -372,8 +390,10 @@ def client_table(sim: Simulation) -> dict[str, Any]:
 
     Bandwidths in bytes per second, inf for none.
     """
+    import pyarrow.compute as pc
+
     log = sim.tasks.log.table()
-    who, how = (log.column(name).to_numpy() for name in ("client", "outcome"))
+    who, applied = log.column("client").to_numpy(), pc.equal(log.column("outcome"), "applied").to_numpy()
     return {
         "client": np.arange(sim.clients),
         **sim.problem.client_table(),
@@ -381,7 +401,7 @@ def client_table(sim: Simulation) -> dict[str, Any]:
         "down_bytes_per_second": sim.system.network.down_bytes_per_second,
         "up_bytes_per_second": sim.system.network.up_bytes_per_second,
         "tasks": np.bincount(who, minlength=sim.clients),
-        "applied": np.bincount(who[how == "applied"], minlength=sim.clients),
+        "applied": np.bincount(who[applied], minlength=sim.clients),
         **sim.evaluation.per_client(),
     }
 

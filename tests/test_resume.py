@@ -436,11 +436,11 @@ def test_a_full_disk_is_one_line_that_says_how_to_go_on(
 
     write, left = pyarrow.parquet.write_table, [40]
 
-    def full(*arguments: Any) -> None:
+    def full(*arguments: Any, **settings: Any) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(28, "No space left on device")
-        write(*arguments)
+        write(*arguments, **settings)
 
     monkeypatch.setattr(pyarrow.parquet, "write_table", full)
     with pytest.raises(fedsim.SimulationError, match=r"No space left.*go on with: fedsim resume"):

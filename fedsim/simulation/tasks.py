@@ -64,8 +64,6 @@ class LiveTask:
     computed = 0
     upload_started = 0
     arrived = 0
-    ended: int | None = None
-    """When it stops short of arriving."""
     why = ""
     handle: int | None = None
     deadline_handle: int | None = None
@@ -80,6 +78,8 @@ class LiveTask:
         """Local steps; -1 until the job's own count is asked for at take-effect."""
         self.start = start
         """What to start from; None is the model at take-effect."""
+        self.ended: int | None = None
+        """When it stops short of arriving."""
 
     def view(self) -> Task:
         """What the strategy sees of it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedsim.rng import Draw, Randomness
 
@@ -26,7 +25,8 @@ class Tries:
         self._randomness, self._clients = randomness, clients
         self._begin = 0
         """The first pick that has been drawn for."""
-        self._drawn: NDArray[np.int64] = np.empty((0, 0), dtype=np.int64)
+        self._width = 0
+        self._drawn: list[list[int]] = []
 
     def draw(self, pick: int) -> Draw:
         """The key of a pick."""
@@ -35,10 +35,9 @@ class Tries:
     def first(self, pick: int, k: int) -> list[int]:
         """What ``draw(pick).integers(clients, k + SPARE)`` is."""
         row, width = pick - self._begin, k + SPARE
-        picks, drawn = self._drawn.shape
-        if not (0 <= row < picks and width <= drawn):
-            row, self._begin = 0, pick
+        if not (0 <= row < len(self._drawn) and width <= self._width):
+            row, self._begin, self._width = 0, pick, width
             together = self._randomness("pick by trial", pick + np.arange(-(-TOGETHER // width)))
-            self._drawn = together.integers(self._clients, width)
-        tried: list[int] = self._drawn[row, :width].tolist()
-        return tried
+            self._drawn = together.integers(self._clients, width).tolist()
+        tried = self._drawn[row]
+        return tried if width == self._width else tried[:width]

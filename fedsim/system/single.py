@@ -58,10 +58,14 @@ def spans(
     if compute.jitter > 0:
         seconds *= _jitter_factor(compute, compute.jitter_draw(client, nth))
     stage, fraction = (0, 1.0) if faults.dropout == 0 else _fate(faults, faults.dropout_draw(client, nth))
+    there, back = network.down_bytes_per_second.item(client), network.up_bytes_per_second.item(client)
+    down = down_bytes / (there if there > SLOWEST else SLOWEST) * NS
+    work = seconds * NS
+    up = up_bytes / (back if back > SLOWEST else SLOWEST) * NS
     return (
-        latency + _transfer(down_bytes, network.down_bytes_per_second.item(client)),
-        _nanoseconds(seconds),
-        latency + _transfer(up_bytes, network.up_bytes_per_second.item(client)),
+        latency + (round(down) if down < BEYOND else LONGEST),
+        round(work) if work < BEYOND else LONGEST,
+        latency + (round(up) if up < BEYOND else LONGEST),
         stage,
         fraction,
     )
@@ -88,13 +92,3 @@ def _jitter_factor(compute: Compute, draw: Draw) -> float:
         return factor
     variance = math.log1p(jitter**2)
     return float(np.exp(math.sqrt(variance) * draw.nth_normal(0) - variance / 2))
-
-
-def _transfer(nbytes: int, rate: float) -> int:
-    span = nbytes / (rate if rate > SLOWEST else SLOWEST) * NS
-    return round(span) if span < BEYOND else LONGEST
-
-
-def _nanoseconds(seconds: float) -> int:
-    span = seconds * NS
-    return round(span) if span < BEYOND else LONGEST
