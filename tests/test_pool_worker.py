@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from fedsim.pool.parcels import Packed, Parcel, Results, shared_tensors
 from fedsim.pool.ray import Group, RayPool
 from fedsim.pool.regions import Letter, Region
 from fedsim.pool.usercode import pickled_with_user_code
-from fedsim.pool.worker import Worker
+from fedsim.pool.worker import Answer, Worker
 from fedsim.rng import Randomness
 from fedsim.training import Result, Work
 
@@ -58,7 +59,9 @@ def test_near_and_far_give_what_the_driver_would_and_near_is_copied_before_the_r
     for _ in range(2):
         letter = near.sealed(parcels())
         assert letter is not None
-        answer = one.train_near(letter)
+        said = one.train_near(letter)
+        assert isinstance(said, bytes)
+        answer = pickle.loads(said)
         assert isinstance(answer.results, Letter)
         results = near.results(answer)
         assert near.region is not None
@@ -77,6 +80,7 @@ def test_results_for_which_there_is_no_room_go_through_ray(monkeypatch: pytest.M
     monkeypatch.setattr(Region, "seal", refuse)
     assert letter is not None
     answer = one.train_near(letter)
+    assert isinstance(answer, Answer)
     assert isinstance(answer.results, Results)
     assert torch.equal(deltas(near.results(answer)), expected())
     assert near.sealed(parcels()) is None
@@ -107,7 +111,7 @@ def test_who_reaches_the_drivers_memory_gets_letters_and_all_others_references(n
     ((called, given),) = actor.calls
     assert called == method
     if near:
-        assert [type(each) for each in given] == [Letter]
+        assert [type(pickle.loads(each)) for each in given] == [Letter]
         assert len(pool._store) == 0
     else:
         assert given[1:] == tuple(("reference", work.start[0]) for work in WORKS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pickle
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from fedsim.pool.base import Pool, device_setting, group_setting, group_size, ke
 from fedsim.pool.connection import connect, import_ray
 from fedsim.pool.crew import Crew, LostNode, Member
 from fedsim.pool.inline import InlinePool
-from fedsim.pool.parcels import Packed, Parcel, Results, shared_tensors
+from fedsim.pool.parcels import Packed, Parcel, shared_tensors
 from fedsim.pool.regions import Letter, Region
 from fedsim.pool.store import TensorStore
 from fedsim.pool.trips import Trips
@@ -42,6 +43,9 @@ RETRIES = 5
 
 SLICE = 2.0
 """Seconds of waiting after which the pool looks whether all nodes are still there."""
+
+SOONEST = 0.0005
+"""Seconds before which nobody answers."""
 
 PATIENCE = 120.0
 """Seconds without any result after which the log says what is waited for."""
@@ -80,12 +84,12 @@ class Group:
                 self.member.regions.append(self.region)
         self.member = self.actor = self.region = None
 
-    def sealed(self, parcels: Sequence[Parcel]) -> Letter | None:
-        """All that training needs in its region; None if it has none, or that finds no more memory."""
+    def sealed(self, parcels: Sequence[Parcel]) -> bytes | None:
+        """A letter about all that training needs, in its region; None if it has none, or that finds no more memory."""
         if self.region is None:
             return None
         try:
-            return self.region.seal((parcels, [Packed.of(tensor) for tensor in self.shared]))
+            return bytes(self.region.seal((parcels, [Packed.of(tensor) for tensor in self.shared])))
         except OSError:
             self.region = None
             return None
@@ -93,7 +97,7 @@ class Group:
     def results(self, answer: Answer) -> list[Result]:
         """What a worker answers, in memory of its own."""
         results = answer.results
-        if not isinstance(results, Results):
+        if isinstance(results, Letter):
             assert self.region is not None
             results = self.region.unsealed(results)
         return results.unpacked([work.task for work in self.works])
@@ -149,6 +153,8 @@ class RayPool(Pool):
         self._trips = Trips()
         self._waits_since = math.inf
         """Since when the driver has been waiting, on the clock of ``time.perf_counter``."""
+        self._handed_out = 0.0
+        """When works were last submitted, on the clock of ``time.perf_counter``."""
         self._queue: deque[Group] = deque()
         self._running: dict[Any, Group] = {}
         self._results: dict[int, Result] = {}
@@ -224,6 +230,7 @@ class RayPool(Pool):
             self._store.keep(group.shared)
             self._queue.append(group)
         self._hand_out()
+        self._handed_out = time.perf_counter()
 
     def _train(self, works: Sequence[Work]) -> None:
         """Train tasks in the driver."""
@@ -243,7 +250,8 @@ class RayPool(Pool):
         Raises:
             SimulationError: if a group that has come to its end cannot be trained at all.
         """
-        if not self._due.isdisjoint(tasks):
+        # Right after they were handed out there is nothing to see, and a look takes time that workers could use.
+        if not self._due.isdisjoint(tasks) and time.perf_counter() - self._handed_out >= SOONEST:
             self._take_in(timeout=0.0)
         return {task: self._results.pop(task) for task in tasks if task in self._results}
 
@@ -312,6 +320,8 @@ class RayPool(Pool):
             self._failed(reference, error)
             return
         group = self._running.pop(reference)
+        if isinstance(answer, bytes):
+            answer = pickle.loads(answer)
         results = group.results(answer)
         self._learn(group, answer.seconds)
         group.leave()

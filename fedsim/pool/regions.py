@@ -45,6 +45,10 @@ class Letter(NamedTuple):
     places: list[tuple[int, int]]
     """Beginning and size of each array in the region, bytes."""
 
+    def __bytes__(self) -> bytes:
+        """What :func:`pickle.loads` makes a letter again: Ray takes a millisecond less for bytes than for an object."""
+        return pickle.dumps(self)
+
 
 class Region:
     """Memory shared by two processes, which use it in turn.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -64,19 +65,23 @@ class Worker:
         """
         return Answer(*self._train(parcels, tensors))
 
-    def train_near(self, letter: Letter) -> Answer:
+    def train_near(self, sent: bytes) -> Answer | bytes:
         """Train a group whose tensors lie in a region, and leave those of the results there.
 
         Args:
-            letter: the arguments of :meth:`train`.
+            sent: a letter, the arguments of :meth:`train`.
+
+        Returns:
+            The answer, pickled if its results lie in the region.
         """
+        letter: Letter = pickle.loads(sent)
         region = self._regions.get(letter.address)
         if region is None:
             region = self._regions[letter.address] = Region.attach(letter.address)
         parcels, tensors = region.unsealed(letter)
         results, seconds = self._train(parcels, tensors)
         try:
-            return Answer(region.seal(results), seconds)
+            return pickle.dumps(Answer(region.seal(results), seconds))
         except OSError:  # no memory left for a larger region
             return Answer(results, seconds)
 
