@@ -115,18 +115,18 @@ def measure_asynchronous(report: Report, effort: Effort, folder: Path) -> None:
 
 def measure_kernel(report: Report, effort: Effort, folder: Path) -> None:
     """Schedules without training, interleaved."""
-    found: dict[tuple[str, int], list[tuple[float, float]]] = {each: [] for each in kernel.SCHEDULES}
+    found: dict[tuple[str, int], list[tuple[float, float, float]]] = {each: [] for each in kernel.SCHEDULES}
     for repeat in range(effort.kernel_repeats):
         for method, in_flight in kernel.SCHEDULES:
             out = folder / f"{method}-{in_flight}-{repeat}"
             rates = kernel.measured("schedule", method, in_flight, effort.seconds, out)
-            found[method, in_flight].append((rates["cpu"], rates["wall"]))
-    medians = {
-        key: (statistics.median(cpu for cpu, _ in pairs), statistics.median(wall for _, wall in pairs))
-        for key, pairs in found.items()
-    }
+            found[method, in_flight].append((rates["cpu"], rates["wall"], rates["cpu"] / rates["bare"]))
+    medians = {key: [statistics.median(each) for each in zip(*rates, strict=True)] for key, rates in found.items()}
     report.add(f"## Schedule only: {kernel.CLIENTS:,} clients, nothing trained", tables.schedule_table(medians))
-    report.results.update({f"{method} {in_flight}": cpu for (method, in_flight), (cpu, _) in medians.items()})
+    for (method, in_flight), (cpu, _, share) in medians.items():
+        report.results[f"{method} {in_flight}"] = cpu
+        if f"{method} {in_flight} bare" in targets.KEYS:
+            report.results[f"{method} {in_flight} bare"] = share
 
 
 def measure_million(report: Report, effort: Effort, folder: Path) -> None:

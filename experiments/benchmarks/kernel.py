@@ -6,8 +6,10 @@ Each is measured in a process of its own, which this module is, too:
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -31,7 +33,7 @@ def schedule(method: str, in_flight: int, seconds: float, out: str) -> dict[str,
     """Run a schedule for about so many seconds, with records; client tasks per second by wall and processor clock.
 
     Log-normal speeds and bandwidths, nothing trained, FedBuff with a buffer of 10. What is timed begins after some
-    rounds and ends when all tables are on disk.
+    rounds and ends when all tables are on disk. ``bare`` is what :func:`bare` does in the same process.
     """
     import pandas  # noqa: F401 - loading it is start-up, which is measured elsewhere
 
@@ -64,7 +66,28 @@ def schedule(method: str, in_flight: int, seconds: float, out: str) -> dict[str,
     )
     wall, cpu, updates = began[0]
     tasks = run.summary["updates"] - updates
-    return {"wall": tasks / (time.perf_counter() - wall), "cpu": tasks / (time.process_time() - cpu)}
+    rates = {"wall": tasks / (time.perf_counter() - wall), "cpu": tasks / (time.process_time() - cpu)}
+    return {**rates, "bare": bare(in_flight, seconds / 4)}
+
+
+def bare(in_flight: int, seconds: float) -> float:
+    """Client tasks per processor second of the least that a schedule in plain Python can be.
+
+    That is a heap, a client at random and a row of two numbers. It says how fast the machine is at such work.
+    """
+    generator = random.Random(0)
+    spans = [generator.lognormvariate(0.0, 1.0) for _ in range(CLIENTS)]
+    heap = [(span, client) for client, span in enumerate(spans[:in_flight])]
+    heapq.heapify(heap)
+    rows: list[tuple[int, float]] = []
+    began = time.process_time()
+    while not rows or time.process_time() - began < seconds:
+        for _ in range(1000):
+            now, client = heapq.heappop(heap)
+            rows.append((client, now))
+            chosen = generator.randrange(CLIENTS)
+            heapq.heappush(heap, (now + spans[chosen], chosen))
+    return len(rows) / (time.process_time() - began)
 
 
 def million(rounds: int, out: str) -> dict[str, float]:

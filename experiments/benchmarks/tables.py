@@ -97,12 +97,13 @@ def target_table(results: Mapping[str, float]) -> str:
     return markdown(["", "target", "measured", "reached"], rows)
 
 
-def schedule_table(rates: Mapping[tuple[str, int], tuple[float, float]]) -> str:
-    """Client tasks per second with nothing trained, by processor and by wall clock."""
+def schedule_table(rates: Mapping[tuple[str, int], Sequence[float]]) -> str:
+    """Client tasks per second with nothing trained, by processor and wall clock, and their share of a bare loop's."""
     rows = [
-        [method, f"{in_flight:,}", f"{cpu:,.0f}", f"{wall:,.0f}"] for (method, in_flight), (cpu, wall) in rates.items()
+        [method, f"{in_flight:,}", f"{cpu:,.0f}", f"{wall:,.0f}", f"{share:.3f}"]
+        for (method, in_flight), (cpu, wall, share) in rates.items()
     ]
-    return markdown(["", "in flight", "tasks / CPU s", "tasks / wall s"], rows)
+    return markdown(["", "in flight", "tasks / CPU s", "tasks / wall s", "of a bare loop's"], rows)
 
 
 def machine() -> str:
@@ -110,9 +111,18 @@ def machine() -> str:
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     return (
-        f"Python {platform.python_version()}, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{cores} cores, load before the start {load:.1f}"
+        f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores, load before the start {load:.1f}; "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
     )
+
+
+def _processor() -> str:
+    """Its name as the system has it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, name = line.partition(":")
+        if key.strip() == "model name":
+            return name.strip()
+    return platform.machine()
 
 
 def _short(number: float) -> str:

@@ -37,6 +37,9 @@ class Target:
 SCHEDULE = 50_000.0
 """Client tasks per processor second with nothing trained."""
 
+OF_BARE = 0.05
+"""The same as a share of what a bare event loop in Python does there: 50,000 where that makes a million."""
+
 TARGETS = (
     Target("W1a", "W1a inline, speed per core", 2.8, "x naive"),
     Target("W1b", "W1b inline, speed per core", 1.4, "x naive"),
@@ -53,6 +56,8 @@ TARGETS = (
     Target("fedbuff 10", "schedule only, FedBuff, 10 in flight", SCHEDULE, "tasks/s", gated=False),
     Target("fedbuff 50", "schedule only, FedBuff, 50 in flight", SCHEDULE, "tasks/s", gated=False),
     Target("fedbuff 1000", "schedule only, FedBuff, 1,000 in flight", SCHEDULE, "tasks/s", gated=False),
+    Target("fedavg 100 bare", "schedule only, FedAvg, 100 in flight, against a bare loop", OF_BARE, "x"),
+    Target("fedavg 1000 bare", "schedule only, FedAvg, 1,000 in flight, against a bare loop", OF_BARE, "x"),
     Target("million", "a million clients, peak memory", 2.0, "GB", most=True),
     Target("start", "`fedsim run rounds=1`, the whole command", 6.0, "s", most=True),
 )
