@@ -200,8 +200,8 @@ def check_resumable(out: Any, identity: Mapping[str, Any], allow_changes: bool) 
         raise ConfigError(f"out={out}: holds a run of another configuration, see its config.yaml")
     changed = differences(before, identity)
     if changed and not allow_changes:
-        kernel = before.get("execution", {}).get("kernel")
-        same = f"pool.kernel={kernel} is what it was; " if any(one.startswith("kernel ") for one in changed) else ""
+        kernel, now = (each.get("execution", {}).get("kernel") for each in (before, identity))
+        same = f"give it pool.kernel={kernel} as before; " if kernel and now and kernel != now else ""
         raise ConfigError(
             f"{out}: was begun with something else ({'; '.join(changed)}), so its results may not be reproducible; "
             f"{same}to go on nevertheless: fedsim resume --allow-changes"

@@ -244,13 +244,13 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise ConfigError(f"{error.override}: cannot be read as key=value") from None
-    for each in parsed:
-        if each.is_range_sweep() and next(each.sweep_string_iterator(), None) is None:
-            raise ConfigError(f"{each.input_line}: the range is empty, its end is not part of it")
     try:
         batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+        empty = [each for each in parsed if each.is_range_sweep() and next(each.sweep_string_iterator(), None) is None]
     except (HydraException, AssertionError, ValueError) as error:
         raise ConfigError(f"{' '.join(overrides)}: cannot be swept ({_one_line(error)}); list the values") from None
+    for each in empty:
+        raise ConfigError(f"{each.input_line}: the range is empty")
     return [list(member) for batch in batches for member in batch]
 
 
@@ -267,13 +267,14 @@ def spelt_out(overrides: Sequence[str], folder: Path) -> list[str]:
     found = []
     for text, each in zip(overrides, parsed, strict=True):
         pattern, group = each.value(), each.key_or_group
-        if isinstance(pattern, ChoiceSweep) and any(isinstance(one, Glob) for one in pattern.list):
-            raise ConfigError(f"{text}: glob stands alone, several patterns are {group}=glob([one*,other*])")
-        if not isinstance(pattern, Glob):
+        among = isinstance(pattern, ChoiceSweep) and any(isinstance(one, Glob) for one in pattern.list)
+        if not among and not isinstance(pattern, Glob):
             found.append(text)
             continue
         if group not in GROUPS:
             raise ConfigError(f"{text}: glob is for groups of choices, {nearest(group, GROUPS)}")
+        if among:
+            raise ConfigError(f"{text}: glob stands alone, several patterns are {group}=glob([one*,other*])")
         names = sorted(choices(group, folder))
         matching = pattern.filter(names)
         if not matching:

@@ -233,12 +233,12 @@ def _array(values: Sequence[Any], type: pa.DataType) -> pa.Array:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    """Write a parquet file. Looking for repeated numbers takes longer than writing them, and makes the file larger."""
+    """Write a parquet file. To look for repeated values among times and ids takes as long again, for there are few."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]
-    pq.write_table(table, path, use_dictionary=texts)
+    few = [field.name for field in table.schema if not pa.types.is_floating(field.type) and field.name != "task"]
+    pq.write_table(table, path, use_dictionary=few)
 
 
 def _widened(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

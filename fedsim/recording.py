@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +43,9 @@ IDENTITY = "identity.json"
 class Run:
     """What a run leaves: tables, made pandas when first asked for, the model by parameter name, and what it was."""
 
-    logs: Mapping[str, Log]
+    logs: Mapping[str, Log] = field(repr=False)
     """``metrics``, ``events`` and ``links``."""
-    client_columns: Mapping[str, Any]
+    client_columns: Mapping[str, Any] = field(repr=False)
     model: dict[str, Tensor]
     summary: dict[str, Any]
     manifest: dict[str, Any]

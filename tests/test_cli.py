@@ -342,6 +342,8 @@ WRONG = {
     "-m seed=glob(*)": "seed=glob(*): glob is for groups of choices",
     "-m local=glob(s*),prox": "glob stands alone, several patterns are local=glob([one*,other*])",
     "-m seed=range(3,3)": "seed=range(3,3): the range is empty",
+    "-m seed=range(1,3,0)": "seed=range(1,3,0): cannot be swept (range() arg 3 must not be zero)",
+    "-m seed=glob(*),3": "seed=glob(*),3: glob is for groups of choices",
     "-m hydra/sweeper=optuna local=glob(x*)": "local=glob(x*): matches no choice, allowed: prox, sam, sgd",
     "-m data=npz data.path=ok.npz,nan.npz clients=4": "x_train has 1 values that are not finite",
     "strategy._target_=broken.Strategy": "broken.py line 1",

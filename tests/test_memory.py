@@ -92,7 +92,7 @@ def test_what_the_last_of_several_runs_leaves_is_what_was_there_before_the_first
     assert (gc.get_threshold(), gc.get_freeze_count() > 0) == (within, True)  # one is still at work
     second.__exit__(None, None, None)
     assert (gc.get_threshold(), gc.get_freeze_count()) == (before, frozen)
-    assert within == tuple(map(max, before, SELDOM)) != before
+    assert within[:2] == tuple(map(max, before, SELDOM))[:2] != before[:2]
     with third:
         gc.set_threshold(1234)
     assert gc.get_threshold()[0] == 1234  # set by somebody else

@@ -59,7 +59,7 @@ class Spoilt(LocalSGD):
 
     def run(self, ctx: Context) -> dict[str, Tensor]:
         made = super().run(ctx)
-        made["delta"][1, 2] = float("nan")
+        made["delta"].numpy()[1, 2] = float("nan")
         return made
 
 
@@ -86,6 +86,12 @@ def test_what_a_rule_makes_of_a_finite_update_is_looked_at() -> None:
     assert [each.finite for each in trained("native", LocalSGD(batch_size=3))] == [True, True, True]
     for rule in (Spoilt(batch_size=3), Instead(batch_size=3), wrapped()):
         assert [each.finite for each in trained("native", rule)] == [True, None, True]
+
+
+def test_nothing_is_asked_of_tensors_that_inference_mode_lacks() -> None:
+    with torch.inference_mode():
+        results = trained("native", LocalSGD(batch_size=3))
+    assert [(each.finite, each.error) for each in results] == [(True, None)] * 3
 
 
 # ---- what hooks may do ---------------------------------------------------------------------------

@@ -22,7 +22,11 @@ class Collector:
 
     @contextmanager
     def seldom(self) -> Iterator[None]:
-        """Within the block nothing is looked for more often than :data:`SELDOM` says, nor in what was there before."""
+        """Within the block nothing is looked for more often than :data:`SELDOM` says.
+
+        What was there before the first run is frozen meanwhile, unless the user has frozen something; what is frozen in
+        the block is thawed at its end.
+        """
         run = object()
         try:
             self._begin(run)
@@ -41,6 +45,7 @@ class Collector:
                     self._frozen = True
                     gc.freeze()
                 gc.set_threshold(*self._within)
+                self._within = gc.get_threshold()  # later Pythons have no third one
             self._runs.add(run)
 
     def _end(self, run: object) -> None:

@@ -36,7 +36,7 @@ def hold_freed() -> bool:
 
 
 def release_freed() -> None:
-    """Have the C library give back to the system what is free now; another one does as it likes."""
+    """Have the C library give back to the system what :func:`hold_freed` has made it keep."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if trim is not None and not any(name in os.environ for name in SETTINGS):
         trim(0)

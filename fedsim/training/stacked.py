@@ -39,6 +39,9 @@ from fedsim.vectors import aligned_stack, is_aligned
 HOOKS = ("run", "origin", "begin", "direction", "finish")
 """What a local rule can do its own way."""
 
+PLAIN = {name: getattr(LocalSGD, name) for name in HOOKS}
+"""How they are done otherwise."""
+
 NOTHING_LANES = 10_000
 """Most clients in a stack that trains nothing."""
 
@@ -122,8 +125,8 @@ class StackedContext(Context):
         self.steps = batches.steps.copy()
         self.running = len(works)
         self.clients = batches.clients
-        self._made: tuple[Tensor, int, list[bool]] | None = None
-        """What :meth:`update` made last, how often that had been written to then, and who in it is finite."""
+        self._made: tuple[Tensor, list[bool]] | None = None
+        """What :meth:`update` made last, and who in it is finite."""
         self._batches, self._form, self._randomness = batches, form, randomness
 
     @property
@@ -226,18 +229,19 @@ class StackedContext(Context):
             return None
         new = aligned_stack(len(self.clients), self._start)
         finite = self._form.update(new, self._batches.blocks(new), self.lr, self._from_for(new), extras)
-        self._made = new, new._version, finite
+        self._made = new, finite
         return new
 
-    def finite(self, payload: Mapping[str, Tensor]) -> Sequence[bool | None]:
+    def finite(self, payload: Mapping[str, Tensor], plain: bool) -> Sequence[bool | None]:
         """For each client True if all it sends is finite, None or False if that is not certain.
 
-        What was seen when the update was made counts only where that tensor is sent, alone and as it was.
+        Args:
+            payload: what the rule has made.
+            plain: whether no code of a user's can have written to it: then what was seen while the update was made
+                still holds.
         """
-        if self._made is not None and len(payload) == 1:
-            made, written, finite = self._made
-            if next(iter(payload.values())) is made and made._version == written:
-                return finite
+        if plain and self._made is not None and len(payload) == 1 and next(iter(payload.values())) is self._made[0]:
+            return self._made[1]
         return finite_rows(payload, len(self.clients))
 
     def rng(self, purpose: str) -> Draw:
@@ -342,7 +346,7 @@ class StackedTrainer(Trainer):
             made = moved(rule.run(context), "cpu")
             payload = divided(made, "the payload", len(lanes))
             state = unstacked(moved(context.state, "cpu"), "ctx.state", len(lanes))
-            finite = context.finite(made)
+            finite = context.finite(made, plain=not _has_own_hooks(rule))
         except (Exception, SystemExit) as error:
             if len(works) == 1:
                 return [failure(rule, works[0], context.step + 1, 1, error)]
@@ -382,5 +386,6 @@ class StackedTrainer(Trainer):
 
 
 def _has_own_hooks(rule: LocalSGD) -> bool:
-    own = any(getattr(type(rule), name) is not getattr(LocalSGD, name) for name in HOOKS)
+    """Whether code of a user's has a part in what a rule makes: of a subclass, of the object, or put into the class."""
+    own = any(getattr(type(rule), name) is not PLAIN[name] or name in vars(rule) for name in HOOKS)
     return own or rule.gradient is not None
