@@ -26,6 +26,9 @@ from fedsim.vectors import ALIGNED, aligned_stack
 FEWEST, MOST = 2, 128
 """Clients in a stack."""
 
+SHIFTS = (1, 3, 6)
+"""Places by which clients are moved on in a trial."""
+
 NUMBERS = 2_500_000
 """Parameters and activations of a stack, about: with more the working set leaves the processor's cache."""
 
@@ -69,8 +72,9 @@ class ClosedForm:
     def least_lanes(self, size: int) -> int:
         """The smallest stack whose clients get the same bits as in larger ones, by trial on this machine.
 
-        1: a client alone gets the same; 2: it must not be alone; 0: any two sizes may differ, so that each client has
-        to be trained by itself.
+        1: a client alone gets the same; 2: it must not be alone; 0: any two sizes may differ, or its place in the stack
+        shows (libraries may add in another order where a matrix lies otherwise in memory, as MKL does on processors of
+        AMD), so that each client has to be trained by itself.
         """
         most, generator = self.lanes(size), torch.Generator().manual_seed(size)
         x = aligned_stack(most, self.inputs.new_empty(self._parameters)).normal_(0, 0.1, generator=generator)
@@ -80,7 +84,15 @@ class ClosedForm:
         shows = [
             k for k in {1, 2, 3, most - 1} if not self._same(whole, self._trial(x[:k], rows[:k], scale[:k], lr[:k]))
         ]
+        if any(not self._same(whole, self._moved_on(by, x, rows, scale, lr)) for by in SHIFTS):
+            return 0
         return 1 if not shows else 2 if shows == [1] else 0
+
+    def _moved_on(self, by: int, x: Tensor, rows: Tensor, scale: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`_trial` gives when every client is so many places further on, put back in its place."""
+        elsewhere = aligned_stack(len(x), x).copy_(x.roll(by, 0))
+        slope, moved = self._trial(elsewhere, rows.roll(by, 0), scale, lr)
+        return slope.roll(-by, 0), moved.roll(-by, 0)
 
     def _same(self, whole: tuple[Tensor, Tensor], part: tuple[Tensor, Tensor]) -> bool:
         """Whether the first rows of stacks are those of smaller stacks, bit for bit, NaN or not."""
