@@ -37,7 +37,7 @@ from fedsim.system.network import Lognormal as LognormalNetwork
 class ByAutograd(Classification):
     """Trained on the general path by gradients that are subtracted, whose bits a loop by hand can match.
 
-    A step in one go with its product of matrices need not: on processors of AMD MKL adds to what is there.
+    A step in one go with its product of matrices need not: ``addmm_`` on small layers did not on an EPYC of AMD.
     """
 
     def chain(self) -> None:

@@ -19,8 +19,7 @@ from fedsim.training.vmapped import VmapTrainer
 
 __all__ = [
     "KERNELS", "GeneralTrainer", "Result", "SelfTrained", "Sizes", "StackedTrainer", "Trainer", "VmapTrainer", "Work",
-    "kernel_for", "out_of_memory", "release_freed",
-    "trainer_for",
+    "kernel_for", "out_of_memory", "release_freed", "trainer_for",
 ]  # fmt: skip
 
 

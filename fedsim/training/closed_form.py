@@ -73,8 +73,7 @@ class ClosedForm:
         """The smallest stack whose clients get the same bits as in larger ones, by trial on this machine.
 
         1: a client alone gets the same; 2: it must not be alone; 0: any two sizes may differ, or its place in the stack
-        shows (libraries may add in another order where a matrix lies otherwise in memory, as MKL does on processors of
-        AMD), so that each client has to be trained by itself.
+        shows (seen with MKL on an EPYC of AMD, at some sizes), so that each client has to be trained by itself.
         """
         most, generator = self.lanes(size), torch.Generator().manual_seed(size)
         x = aligned_stack(most, self.inputs.new_empty(self._parameters)).normal_(0, 0.1, generator=generator)

@@ -29,7 +29,7 @@ def hold_freed() -> bool:
     Returns:
         Whether it does so now; not with another C library, nor where the user has set what it does.
     """
-    if any(name in os.environ for name in SETTINGS):
+    if _is_users():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, HEAP_ITEM) and mallopt(M_TRIM_THRESHOLD, HELD))
@@ -38,5 +38,10 @@ def hold_freed() -> bool:
 def release_freed() -> None:
     """Have the C library give back to the system what :func:`hold_freed` has made it keep."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None and not any(name in os.environ for name in SETTINGS):
+    if trim is not None and not _is_users():
         trim(0)
+
+
+def _is_users() -> bool:
+    """Whether the user has set what the heap does."""
+    return any(name in os.environ for name in SETTINGS)
