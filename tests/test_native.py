@@ -29,7 +29,7 @@ from fedsim.strategies.fedbuff import FedBuff
 from fedsim.training import StackedTrainer, Work, batches, kernel_for, trainer_for
 from fedsim.training.batches import Batch, StackBatches, Steps
 from fedsim.training.closed_form import ClosedForm
-from fedsim.training.native import NativeForm, form, instruction_sets
+from fedsim.training.native import NativeForm, built, instruction_sets
 from fedsim.vectors import aligned_stack
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="was not built, or this processor has no AVX2")
@@ -315,16 +315,16 @@ def test_without_it_torch_makes_the_steps_and_who_insists_is_told(monkeypatch: p
 
 
 def test_what_was_built_from_another_text_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for revision, found in ((form.REVISION, True), (form.REVISION + 1, False)):
-        form._built.cache_clear()
-        monkeypatch.setattr(form, "REVISION", revision)
-        assert (form._built() is not None) is found
-        assert form.why_not() == (
+    for revision, found in ((built.REVISION, True), (built.REVISION + 1, False)):
+        built.compiled.cache_clear()
+        monkeypatch.setattr(built, "REVISION", revision)
+        assert (built.compiled() is not None) is found
+        assert built.why_not() == (
             "the processor has no AVX2" if found else "what was built does not fit this fedsim, install it again"
         )
-    monkeypatch.setattr(form.importlib.util, "find_spec", lambda name: None)
-    assert form.why_not() == "there was no C compiler when fedsim was installed"
-    form._built.cache_clear()
+    monkeypatch.setattr(built.importlib.util, "find_spec", lambda name: None)
+    assert built.why_not() == "there was no C compiler when fedsim was installed"
+    built.compiled.cache_clear()
 
 
 def test_double_precision_is_not_native_whatever_is_asked_for() -> None:
@@ -367,9 +367,9 @@ def test_wide_layers_and_large_batches_are_cut_into_pieces_whose_sums_are_right(
 WITH_AVX2 = """
 import fedsim
 from fedsim.strategies.fedbuff import FedBuff
-from fedsim.training.native import form
+from fedsim.training.native import form, linear
 
-form.instruction_sets = lambda: ("avx2",)
+form.instruction_sets = linear.instruction_sets = lambda: ("avx2",)
 run = fedsim.simulate(FedBuff(fedsim.LocalSGD(momentum=0.5)), stop=fedsim.Stop(rounds=4))
 print(run.manifest["instruction_set"], run.manifest["model_sha256"], run.manifest["events_sha256"])
 """

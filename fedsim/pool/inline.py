@@ -19,7 +19,7 @@ class InlinePool(Pool):
     Args:
         group: most tasks to train together; ``"auto"`` takes all that wait. Never shows in the results of a CPU.
         device: ``cpu`` or ``cuda``.
-        kernel: what makes the steps of chains of linear layers on a CPU: ``native``, ``torch``, or ``auto``, which is
+        kernel: what makes the products of linear layers on a CPU: ``native``, ``torch``, or ``auto``, which is
             native where that was built.
 
     Raises:

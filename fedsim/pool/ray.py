@@ -118,7 +118,7 @@ class RayPool(Pool):
         group: most tasks to train together; ``"auto"`` cuts what waits evenly among the workers. Never shows in
             the results of a CPU.
         device: ``cpu`` or ``cuda``.
-        kernel: what makes the steps of chains of linear layers on a CPU: ``native``, ``torch``, or ``auto``, which is
+        kernel: what makes the products of linear layers on a CPU: ``native``, ``torch``, or ``auto``, which is
             native where that was built; every worker has to have it then.
     """
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedsim.checks import ConfigError, one_of
 from fedsim.problems.chain import Chain
 from fedsim.problems.network import Network
+from fedsim.problems.sequential import Stage
 from fedsim.rng import Randomness
 from fedsim.vectors import Layout
 
@@ -100,6 +101,13 @@ class Problem(ABC):
             ConfigError: if this problem can be trained in main memory only.
         """
         raise ConfigError(f"device={device.type}: {type(self).__name__} is trained in main memory only, use device=cpu")
+
+    def with_linear(self, made: Callable[[str, str | None], Stage]) -> Problem:
+        """This problem to train from, with linear layers that ``made`` makes from the names of weight and bias.
+
+        Itself, unless it is a module in single precision whose layers are known.
+        """
+        return self
 
     def evaluate_clients(self, x: Tensor, clients: NDArray[np.int64], part: str) -> dict[str, NDArray[np.float64]]:
         """Metrics of one parameter vector on each client's own examples, such as ``loss, accuracy``.

@@ -23,7 +23,7 @@ from fedsim.problems.client_split import PARTS, ClientSplit
 from fedsim.problems.models import CheckedModel, Mlp, Model
 from fedsim.problems.modules import PRECISIONS, FlatModule, as_new, check_compiler, torch_seeded
 from fedsim.problems.network import Network
-from fedsim.problems.sequential import Sequential, sequential_of
+from fedsim.problems.sequential import Sequential, Stage, sequential_of
 from fedsim.rng import Randomness
 
 CHUNK = 500
@@ -206,6 +206,14 @@ class Classification(Problem):
         other.train_x, other.train_y = self.train_x.to(device), self.train_y.to(device)
         other._flat = FlatModule(copy.deepcopy(self._flat.module).to(device), self.precision, self.compile)
         other._form = other._written_down() or other._flat
+        return other
+
+    def with_linear(self, made: Callable[[str, str | None], Stage]) -> Classification:
+        """This problem to train from, with linear layers that ``made`` makes from the names of weight and bias."""
+        if not isinstance(self._form, Sequential) or self.layout.dtype is not torch.float32:
+            return self
+        other = copy.copy(self)
+        other._held, other._form = None, self._form.with_linear(made)
         return other
 
     def rows(self, client: int) -> Tensor:

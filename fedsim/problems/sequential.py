@@ -8,6 +8,7 @@ channels-last, in which torch's CPU convolutions and poolings are fastest; and t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -66,17 +67,25 @@ class Stage(ABC):
         """
 
 
-class _Linear(Stage):
+class Linear(Stage):
+    """``x W^T + b``.
+
+    Args:
+        weight, bias: the names of ``W [outputs, inputs]`` and ``b [outputs]``, None if there is no ``b``.
+    """
+
     def __init__(self, weight: str, bias: str | None) -> None:
         self.weight, self.bias = weight, bias
 
     def forward(self, views: Views, x: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Any]:
+        """The layer's output ``[n, outputs]``, and its input."""
         # This way round the product takes half the time for small batches.
         if self.bias is None:
             return torch.mm(views[self.weight], x.t()).t(), x
         return torch.addmm(views[self.bias].unsqueeze(1), views[self.weight], x.t()).t(), x
 
     def backward(self, views: Views, kept: Any, slope: Tensor, into: Into, wanted: bool) -> Tensor:
+        """The slope ``[n, inputs]`` by the input; the gradients go ``into``."""
         below = slope @ views[self.weight] if wanted else slope
         into.product(self.weight, slope.t(), kept)
         if self.bias is not None:
@@ -196,6 +205,11 @@ class Sequential:
         views = self.layout.split(x)
         self._run(views, images, labels, noise, Into(views, 1.0, -lr))
 
+    def with_linear(self, made: Callable[[str, str | None], Stage]) -> Sequential:
+        """The same, with stages for linear layers that ``made`` makes from the names of weight and bias."""
+        stages = (made(each.weight, each.bias) if isinstance(each, Linear) else each for each in self.stages)
+        return Sequential(list(stages), self.layout)
+
     def _run(self, views: Views, images: Tensor, labels: Tensor, noise: int | None, into: Into) -> None:
         generator = None if noise is None else self._generator(images.device).manual_seed(noise)
         with torch.no_grad():
@@ -262,7 +276,7 @@ def sequential_of(module: nn.Module, layout: Layout, shape: tuple[int, ...]) -> 
 def _stage(prefix: str, part: nn.Module, dimensions: int, before: Stage | None) -> Stage | None:
     """The stage of one layer on examples of so many dimensions; None for what has none."""
     if _is(part, nn.Linear) and dimensions == 1:
-        return _Linear(f"{prefix}weight", None if part.bias is None else f"{prefix}bias")
+        return Linear(f"{prefix}weight", None if part.bias is None else f"{prefix}bias")
     if _is(part, nn.Conv2d) and dimensions == 3 and part.padding_mode == "zeros" and not isinstance(part.padding, str):
         return _Conv2d(f"{prefix}weight", None if part.bias is None else f"{prefix}bias", part)
     if _is(part, nn.MaxPool2d) and dimensions == 3 and not part.return_indices:
@@ -273,7 +287,7 @@ def _stage(prefix: str, part: nn.Module, dimensions: int, before: Stage | None) 
         return _Dropout(part.p)
     if _is(part, nn.ReLU):
         # In place where nothing else needs what the layer before it made.
-        return _Relu(in_place=isinstance(before, (_Linear, _Conv2d)))
+        return _Relu(in_place=isinstance(before, (Linear, _Conv2d)))
     return _Tanh() if _is(part, nn.Tanh) else None
 
 

@@ -24,7 +24,7 @@ __all__ = [
 
 
 KERNELS = ("auto", "native", "torch")
-"""What can make the steps of chains of linear layers on a CPU."""
+"""What can make the products of linear layers on a CPU."""
 
 
 def kernel_for(setting: str) -> str:
@@ -59,4 +59,4 @@ def trainer_for(
         stacked = VmapTrainer(problem, jobs, randomness, device)
         if stacked.takes():
             return stacked
-    return GeneralTrainer(problem, jobs, randomness, device)
+    return GeneralTrainer(problem, jobs, randomness, device, kernel_for(kernel))

@@ -15,6 +15,7 @@ from fedsim.problems.base import Problem
 from fedsim.rng import Draw, Randomness
 from fedsim.training.base import Result, Trainer, Work, failure, moved, unstacked
 from fedsim.training.devices import reproducible
+from fedsim.training.native import NativeLinear
 
 
 class SingleContext(Context):
@@ -75,16 +76,21 @@ class GeneralTrainer(Trainer):
         jobs: the local rules by name.
         randomness: the run's.
         device: where tasks are trained; works come from main memory, and results go back to it.
+        kernel: ``native`` or ``torch``, what makes the products of linear layers where there is a choice.
 
     Raises:
         ConfigError: if the problem cannot be trained on the device.
     """
 
     def __init__(
-        self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness, device: torch.device | str = "cpu"
-    ) -> None:
+        self, problem: Problem, jobs: Mapping[str, LocalSGD], randomness: Randomness,
+        device: torch.device | str = "cpu", kernel: str = "torch",
+    ) -> None:  # fmt: skip
         self.device = torch.device(device)
-        self.problem = problem if self.device.type == "cpu" else problem.on(self.device)
+        if self.device.type != "cpu":
+            self.problem = problem.on(self.device)
+        else:
+            self.problem = problem.with_linear(NativeLinear) if kernel == "native" else problem
         self.jobs = dict(jobs)
         self.randomness = randomness
 

@@ -1,5 +1,8 @@
-"""Local steps on chains of linear layers in C, where that was built and the processor can run it."""
+"""Local steps on chains of linear layers, and linear layers of other models, in C: where that was built and the
+processor can run it."""
 
-from fedsim.training.native.form import NativeForm, instruction_sets, why_not
+from fedsim.training.native.built import instruction_sets, why_not
+from fedsim.training.native.form import NativeForm
+from fedsim.training.native.linear import NativeLinear
 
-__all__ = ["NativeForm", "instruction_sets", "why_not"]
+__all__ = ["NativeForm", "NativeLinear", "instruction_sets", "why_not"]

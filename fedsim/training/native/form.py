@@ -6,11 +6,8 @@ and every sum has one order that the text fixes, so they do not depend on the in
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable, Iterator
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +15,7 @@ from torch import Tensor
 from fedsim.local import Extras
 from fedsim.problems.chain import Chain
 from fedsim.training.batches import Batch, Steps
-
-REVISION = 2
-"""Of the C text: what was built from an older one is left alone. To be raised, in ``chain.h`` too, when bits change or
-what ``train`` takes."""
+from fedsim.training.native.built import at_its_best, compiled, instruction_sets
 
 FEWEST, MOST = 2, 128
 """Clients in a stack."""
@@ -32,38 +26,9 @@ NUMBERS = 2_500_000
 NOTHING = (0, 0.0, 0.0, 0.0, 0.0, 0)
 """Beside the gradient, as C takes it."""
 
-LARGE_BATCH, LARGE_CHAIN = 64, 300_000
-"""Examples of a batch, and parameters, beyond which a library of matrix products is up to a third faster."""
-
 LOSSES = ("cross_entropy", "binary", "squared")
 ACTIVATIONS = (None, "relu", "tanh")
 """As numbered in ``chain.h``."""
-
-
-@cache
-def _built() -> Any:
-    """The compiled module, or None."""
-    try:
-        from fedsim.training.native import _steps
-    except ImportError:  # no compiler when fedsim was installed
-        return None
-    return _steps if _steps.REVISION == REVISION else None
-
-
-def why_not() -> str:
-    """Why there is no kernel, if :func:`instruction_sets` is empty."""
-    if _built() is not None:
-        return "the processor has no AVX2"
-    if importlib.util.find_spec("fedsim.training.native._steps") is None:
-        return "there was no C compiler when fedsim was installed"
-    return "what was built does not fit this fedsim, install it again"
-
-
-@cache
-def instruction_sets() -> tuple[str, ...]:
-    """Those it can run with here, the fastest first; none if it was not built or the processor is too old."""
-    built = _built()
-    return () if built is None else tuple(built.variants())
 
 
 class NativeForm:
@@ -87,8 +52,8 @@ class NativeForm:
             ]
         )  # fmt: skip
         self._inputs, self._targets = chain.inputs.contiguous(), chain.targets.contiguous()
-        self._train = _built().train
-        self._chain = _built().chain(
+        self._train = compiled().train
+        self._chain = compiled().chain(
             instruction_set or instruction_sets()[0], self._parameters, self._layers.data_ptr(), len(chain.layers),
             LOSSES.index(chain.loss), self._inputs.data_ptr(), self._targets.data_ptr(), len(self._inputs),
         )  # fmt: skip
@@ -103,7 +68,7 @@ class NativeForm:
 
     def suits(self, size: int) -> bool:
         """Whether it is at its best with batches of ``size`` examples: of large ones on large layers it is not."""
-        return size <= LARGE_BATCH or self._parameters <= LARGE_CHAIN
+        return at_its_best(size, self._parameters)
 
     def lanes(self, size: int) -> int:
         """Most clients in a stack with batches of ``size`` examples."""

@@ -1,4 +1,4 @@
-/* The Python module: which instruction sets this machine has, a chain of layers, and work done on it.
+/* The Python module: which instruction sets this machine has, a chain of layers, work done on it, and a layer alone.
  *
  * Tensors come as addresses. Whoever calls keeps them alive, dense and of the right type; what can be wrong with their
  * contents (an example that is not there, a class that is not there) is looked at here before anything is changed. */
@@ -32,18 +32,27 @@ typedef struct {
 
 #ifdef HAS_VARIANTS
 #include "avx512.h"
+#include "products.h"
 #include "steps.h"
 
 #include "avx2.h"
+#include "products.h"
 #include "steps.h"
 #endif
 
-typedef int (*train_t)(const chain_t *, const work_t *, scratch_t *);
+/* What there is for every instruction set. */
+typedef struct {
+    const char *name;
+    int (*train)(const chain_t *, const work_t *, scratch_t *);
+    void (*forward)(const layer_t *, const float *, const float *const *, int64_t, float *);
+    void (*slope_below)(const layer_t *, const float *, const float *, int64_t, int64_t, float *, int64_t, scratch_t *);
+    void (*gradient)(const layer_t *, float *, int, const float *, int64_t, const float *const *, int64_t, scratch_t *);
+} variant_t;
 
 typedef struct {
     chain_t chain;
     int64_t examples;
-    train_t train;
+    const variant_t *variant;
 } kept_t;
 
 /* ---- memory ----------------------------------------------------------------------------------------- */
@@ -103,32 +112,44 @@ static int make_scratch(scratch_t *scratch, const chain_t *chain, int64_t size, 
 
 /* ---- instruction sets -------------------------------------------------------------------------------- */
 
-static train_t variant(const char *name) {
+#ifdef HAS_VARIANTS
+static const variant_t VARIANTS[] = {
+    {"avx512", train_avx512, forward_avx512, slope_below_avx512, gradient_avx512},
+    {"avx2", train_avx2, forward_avx2, slope_below_avx2, gradient_avx2},
+};
+#endif
+
+/* The one of this name, if the machine has it; else an exception, and NULL. */
+static const variant_t *variant(const char *name) {
 #ifdef HAS_VARIANTS
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("fma") || !__builtin_cpu_supports("avx2"))
-        return NULL;
-    if (!strcmp(name, "avx2"))
-        return train_avx2;
-    if (!strcmp(name, "avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-        return train_avx512;
+    const int here[] = {__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl"),
+                        1};
+    for (size_t i = 0; i < sizeof VARIANTS / sizeof *VARIANTS; i++) {
+        if (!strcmp(name, VARIANTS[i].name) && here[i] && __builtin_cpu_supports("fma") &&
+            __builtin_cpu_supports("avx2")) {
+            return VARIANTS + i;
+        }
     }
 #endif
-    return NULL;
+    return PyErr_Format(PyExc_ValueError, "this machine has no instruction set '%s'", name), NULL;
 }
 
 static PyObject *variants(PyObject *module, PyObject *none) {
-    static const char *const names[] = {"avx512", "avx2"};
     PyObject *found = PyList_New(0);
-    for (size_t i = 0; found && i < sizeof names / sizeof *names; i++) {
-        if (!variant(names[i]))
+#ifdef HAS_VARIANTS
+    for (size_t i = 0; found && i < sizeof VARIANTS / sizeof *VARIANTS; i++) {
+        if (!variant(VARIANTS[i].name)) {
+            PyErr_Clear();
             continue;
-        PyObject *name = PyUnicode_FromString(names[i]);
+        }
+        PyObject *name = PyUnicode_FromString(VARIANTS[i].name);
         if (!name || PyList_Append(found, name))
             Py_CLEAR(found);
         Py_XDECREF(name);
     }
+#endif
     return found;
 }
 
@@ -149,9 +170,9 @@ static PyObject *chain(PyObject *module, PyObject *args) {
     long long parameters, count, loss, examples;
     if (!PyArg_ParseTuple(args, "sLKLLKKL", &name, &parameters, &layers, &count, &loss, &inputs, &targets, &examples))
         return NULL;
-    train_t train = variant(name);
-    if (!train)
-        return PyErr_Format(PyExc_ValueError, "this machine has no instruction set '%s'", name);
+    const variant_t *found = variant(name);
+    if (!found)
+        return NULL;
     kept_t *kept = calloc(1, sizeof *kept);
     layer_t *layer = kept ? malloc((size_t)count * sizeof *layer) : NULL;
     if (!layer) {
@@ -162,7 +183,7 @@ static PyObject *chain(PyObject *module, PyObject *args) {
     kept->chain =
         (chain_t){parameters, count, layer, loss, (const float *)(uintptr_t)inputs, (const void *)(uintptr_t)targets};
     kept->examples = examples;
-    kept->train = train;
+    kept->variant = found;
     return PyCapsule_New(kept, KEPT, free_kept);
 }
 
@@ -234,13 +255,88 @@ static PyObject *train(PyObject *module, PyObject *args) {
     if (made)
         wrong = wrong_place(kept, &work);
     if (made && wrong < 0)
-        done = kept->train(&kept->chain, &work, &scratch);
+        done = kept->variant->train(&kept->chain, &work, &scratch);
     free_scratch(&scratch, kept->chain.layers);
     Py_END_ALLOW_THREADS if (!made) return PyErr_NoMemory();
     if (!done)
         return NULL;
     if (wrong >= 0)
         return PyErr_Format(PyExc_IndexError, "example %lld, or its class, is not there", (long long)work.rows[wrong]);
+    Py_RETURN_NONE;
+}
+
+/* ---- a layer alone ----------------------------------------------------------------------------------- */
+
+/* What both ways through a layer need. */
+typedef struct {
+    const variant_t *variant;
+    layer_t layer;
+    int64_t size;
+    float *x;
+    scratch_t scratch;
+} pass_t;
+
+/* A pass from (variant, (inputs, outputs, weight, bias), size, x, (a, stride)): whether it could be made. If not, there
+ * is an exception; else its scratch is to be freed. */
+static int make_pass(pass_t *pass, PyObject *told) {
+    const char *name;
+    unsigned long long x, a;
+    long long inputs, outputs, weight, bias, size, stride;
+    if (!PyArg_ParseTuple(told, "s(LLLL)LK(KL)", &name, &inputs, &outputs, &weight, &bias, &size, &x, &a, &stride) ||
+        !(pass->variant = variant(name)))
+        return 0;
+    pass->layer = (layer_t){inputs, outputs, weight, bias, NO_ACTIVATION};
+    pass->size = size;
+    pass->x = (float *)(uintptr_t)x;
+    const chain_t alone = {.layers = 1, .layer = &pass->layer};
+    if (!make_scratch(&pass->scratch, &alone, size, 0)) {
+        free_scratch(&pass->scratch, 1);
+        PyErr_NoMemory();
+        return 0;
+    }
+    for (int64_t m = 0; m < size; m++)
+        pass->scratch.rows[0][m] = (const float *)(uintptr_t)a + m * stride;
+    return 1;
+}
+
+static PyObject *forward(PyObject *module, PyObject *args) {
+    PyObject *told;
+    unsigned long long out;
+    pass_t pass;
+    if (!PyArg_ParseTuple(args, "O!K", &PyTuple_Type, &told, &out) || !make_pass(&pass, told))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    pass.variant->forward(&pass.layer, pass.x, pass.scratch.rows[0], pass.size, (float *)(uintptr_t)out);
+    free_scratch(&pass.scratch, 1);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *backward(PyObject *module, PyObject *args) {
+    PyObject *told;
+    unsigned long long slope, below, to;
+    long long stride, take_off;
+    float factor;
+    pass_t pass;
+    if (!PyArg_ParseTuple(args, "O!(KL)K(KLf)", &PyTuple_Type, &told, &slope, &stride, &below, &to, &take_off, &factor) ||
+        !make_pass(&pass, told))
+        return NULL;
+    const layer_t *layer = &pass.layer;
+    const float *d = (const float *)(uintptr_t)slope;
+    float *scaled = pass.scratch.slope[0];
+    const int64_t width = padded(layer->outputs);
+    Py_BEGIN_ALLOW_THREADS;
+    if (below)
+        pass.variant->slope_below(layer, pass.x, d, stride, pass.size, (float *)(uintptr_t)below, layer->inputs,
+                                  &pass.scratch);
+    for (int64_t m = 0; m < pass.size; m++) {
+        for (int64_t n = 0; n < layer->outputs; n++)
+            scaled[m * width + n] = factor * d[m * stride + n];
+    }
+    pass.variant->gradient(layer, (float *)(uintptr_t)to, take_off != 0, scaled, width, pass.scratch.rows[0], pass.size,
+                           &pass.scratch);
+    free_scratch(&pass.scratch, 1);
+    Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
 
@@ -252,6 +348,12 @@ static PyMethodDef methods[] = {
      "train(chain, (steps, clients, size), (rows, scale, running), rate, (x, stride), (out, stride), (start, stride, "
      "first, last, finite), "
      "(more, clip, weight_decay, prox, momentum, velocity)): see work_t."},
+    {"forward", forward, METH_VARARGS,
+     "forward((variant, (inputs, outputs, weight, bias), size, x, (a, stride)), out): out [size, padded outputs] = "
+     "a W^T + b."},
+    {"backward", backward, METH_VARARGS,
+     "backward((as for forward), (d, stride), below, (to, take_off, factor)): below [size, inputs] = d W unless it is 0; "
+     "then the gradient, times the factor, is written to where parameters like x lie, or taken off them."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -5,210 +5,7 @@
  *     D_L = scale * d loss / d A_L            scale: rate / examples
  *     D_l = act_l'(A_l) * D_l                 dW_l = D_l^T A_{l-1}    db_l = sum D_l    D_{l-1} = D_l W_l
  *
- * The bits of a result depend on this text alone and not on the instruction set: every sum has one order, over sixteen
- * lanes where it runs along a row, and products are always rounded together with the sum they go into. Included once
- * for every instruction set, after a header that defines LANES and what can be done with them. */
-
-#define load VARIANT(load)
-#define load_some VARIANT(load_some)
-#define store VARIANT(store)
-#define store_some VARIANT(store_some)
-#define all VARIANT(all)
-#define add VARIANT(add)
-#define subtract VARIANT(subtract)
-#define times VARIANT(times)
-#define over VARIANT(over)
-#define fused VARIANT(fused)
-#define larger VARIANT(larger)
-#define smaller VARIANT(smaller)
-#define at_most VARIANT(at_most)
-#define with_sign VARIANT(with_sign)
-#define rounded VARIANT(rounded)
-#define power_of_two VARIANT(power_of_two)
-#define sum VARIANT(sum)
-#define UNROLL _Pragma("GCC unroll 8")
-
-/* ---- products of matrices ------------------------------------------------------------------------- */
-
-/* out[m][n] = a[m] . w_n, or that much more, over `length` columns from `first` on, for a tile of `rows` by `outputs`.
- */
-HERE void VARIANT(dot_tile)(int rows, int outputs, const float *const *a, const float *w, int64_t w_stride,
-                            int64_t first, int64_t length, float *out, int64_t out_stride) {
-    LANES total[TILE_ROWS][TILE_BLOCKS];
-    UNROLL
-    for (int m = 0; m < rows; m++) {
-        UNROLL
-        for (int n = 0; n < outputs; n++)
-            total[m][n] = all(0.0f);
-    }
-    int64_t i = first;
-    const int64_t end = first + length;
-    for (; i + 16 <= end; i += 16) {
-        LANES right[TILE_BLOCKS];
-        UNROLL
-        for (int n = 0; n < outputs; n++)
-            right[n] = load(w + n * w_stride + i);
-        UNROLL
-        for (int m = 0; m < rows; m++) {
-            LANES left = load(a[m] + i);
-            UNROLL
-            for (int n = 0; n < outputs; n++)
-                total[m][n] = fused(left, right[n], total[m][n]);
-        }
-    }
-    if (i < end) {
-        int rest = (int)(end - i);
-        UNROLL
-        for (int m = 0; m < rows; m++) {
-            LANES left = load_some(a[m] + i, rest);
-            UNROLL
-            for (int n = 0; n < outputs; n++)
-                total[m][n] = fused(left, load_some(w + n * w_stride + i, rest), total[m][n]);
-        }
-    }
-    UNROLL
-    for (int m = 0; m < rows; m++) {
-        UNROLL
-        for (int n = 0; n < outputs; n++)
-            out[m * out_stride + n] = (first ? out[m * out_stride + n] : 0.0f) + sum(total[m][n]);
-    }
-}
-
-/* out[m][columns] = (or -=) sum over k of a[m, k] * b[k][columns], for `rows` rows and `blocks` times sixteen columns,
- * or fewer than sixteen if `some` is not 0. */
-HERE void VARIANT(sum_tile)(int rows, int blocks, int some, int take_off, const float *a, int64_t a_row, int64_t a_term,
-                            int64_t terms, const float *const *b, int64_t column, float *out, int64_t out_stride) {
-    LANES total[TILE_ROWS][TILE_BLOCKS];
-    UNROLL
-    for (int m = 0; m < rows; m++) {
-        UNROLL
-        for (int n = 0; n < blocks; n++)
-            total[m][n] = all(0.0f);
-    }
-    for (int64_t k = 0; k < terms; k++) {
-        LANES right[TILE_BLOCKS];
-        const float *row = b[k] + column;
-        UNROLL
-        for (int n = 0; n < blocks; n++)
-            right[n] = some ? load_some(row, some) : load(row + 16 * n);
-        UNROLL
-        for (int m = 0; m < rows; m++) {
-            LANES left = all(a[m * a_row + k * a_term]);
-            UNROLL
-            for (int n = 0; n < blocks; n++)
-                total[m][n] = fused(left, right[n], total[m][n]);
-        }
-    }
-    UNROLL
-    for (int m = 0; m < rows; m++) {
-        float *to = out + m * out_stride + column;
-        UNROLL
-        for (int n = 0; n < blocks; n++) {
-            if (some) {
-                store_some(to, some, take_off ? subtract(load_some(to, some), total[m][n]) : total[m][n]);
-            } else {
-                store(to + 16 * n, take_off ? subtract(load(to + 16 * n), total[m][n]) : total[m][n]);
-            }
-        }
-    }
-}
-
-#if TILE_ROWS == 5 && TILE_BLOCKS == 5
-#define EACH_ROWS(TILE, n) TILE(1, n) TILE(2, n) TILE(3, n) TILE(4, n) TILE(5, n)
-#define EACH_TILE(TILE) EACH_ROWS(TILE, 1) EACH_ROWS(TILE, 2) EACH_ROWS(TILE, 3) EACH_ROWS(TILE, 4) EACH_ROWS(TILE, 5)
-#else
-#define EACH_ROWS(TILE, n) TILE(1, n) TILE(2, n) TILE(3, n)
-#define EACH_TILE(TILE) EACH_ROWS(TILE, 1) EACH_ROWS(TILE, 2)
-#endif
-
-static inline int64_t VARIANT(least)(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* out [rows, outputs] = a w^T, for rows a[m] [length] and w [outputs, length]: in stretches of SPAN columns, whose sums
- * are added, so that a tile of both stays in the nearest cache, and for CHUNK rows at a time in the next. */
-FOR_VARIANT static void VARIANT(product)(const float *const *a, int64_t rows, const float *w, int64_t outputs,
-                                         int64_t length, float *out, int64_t out_stride) {
-    for (int64_t first = 0; first < length; first += SPAN) {
-        const int64_t span = VARIANT(least)(length - first, SPAN);
-        for (int64_t chunk = 0; chunk < rows; chunk += CHUNK) {
-            const int64_t end = VARIANT(least)(rows, chunk + CHUNK);
-            for (int64_t n = 0; n < outputs; n += TILE_BLOCKS) {
-                for (int64_t m = chunk; m < end; m += TILE_ROWS) {
-                    const float *right = w + n * length;
-                    float *to = out + m * out_stride + n;
-                    switch (8 * VARIANT(least)(end - m, TILE_ROWS) + VARIANT(least)(outputs - n, TILE_BLOCKS)) {
-#define TILE(i, j)                                                                                                     \
-    case 8 * i + j:                                                                                                    \
-        VARIANT(dot_tile)(i, j, a + m, right, length, first, span, to, out_stride);                                    \
-        break;
-                        EACH_TILE(TILE)
-#undef TILE
-                    }
-                }
-            }
-        }
-    }
-}
-
-/* out [rows, columns] = (or -=) sum over k of a[m, k] * b[k][columns]. */
-HERE void VARIANT(tiles)(int take_off, const float *a, int64_t a_row, int64_t a_term, int64_t terms,
-                         const float *const *b, int64_t rows, int64_t columns, float *out, int64_t out_stride) {
-    for (int64_t m = 0; m < rows; m += TILE_ROWS) {
-        int64_t some_rows = VARIANT(least)(rows - m, TILE_ROWS), n = 0;
-        const float *left = a + m * a_row;
-        float *to = out + m * out_stride;
-        for (; n + 16 <= columns; n += 16 * TILE_BLOCKS) {
-            switch (8 * some_rows + VARIANT(least)((columns - n) / 16, TILE_BLOCKS)) {
-#define TILE(i, j)                                                                                                     \
-    case 8 * i + j:                                                                                                    \
-        VARIANT(sum_tile)(i, j, 0, take_off, left, a_row, a_term, terms, b, n, to, out_stride);                        \
-        break;
-                EACH_TILE(TILE)
-#undef TILE
-            }
-        }
-        n = columns / 16 * 16;
-        if (n < columns) {
-            switch (some_rows) {
-#define TILE(i, j)                                                                                                     \
-    case i:                                                                                                            \
-        VARIANT(sum_tile)(i, 1, (int)(columns - n), take_off, left, a_row, a_term, terms, b, n, to, out_stride);       \
-        break;
-                EACH_ROWS(TILE, 1)
-#undef TILE
-            }
-        }
-    }
-}
-
-/* The same. Of a large b that many rows need, stripes that stay in the cache are laid side by side first. */
-HERE void VARIANT(sums)(int take_off, const float *a, int64_t a_row, int64_t a_term, int64_t terms,
-                        const float *const *b, int64_t rows, int64_t columns, float *out, int64_t out_stride,
-                        stripe_t *stripe) {
-    if (terms * columns <= STRIPE || rows <= 4 * TILE_ROWS) {
-        VARIANT(tiles)(take_off, a, a_row, a_term, terms, b, rows, columns, out, out_stride);
-        return;
-    }
-    for (int64_t n = 0; n < columns; n += STRIPE_WIDTH) {
-        const int64_t width = VARIANT(least)(columns - n, STRIPE_WIDTH);
-        for (int64_t k = 0; k < terms; k++) {
-            stripe->rows[k] = stripe->values + k * STRIPE_WIDTH;
-            memcpy(stripe->values + k * STRIPE_WIDTH, b[k] + n, (size_t)width * sizeof(float));
-        }
-        VARIANT(tiles)(take_off, a, a_row, a_term, terms, stripe->rows, rows, width, out + n, out_stride);
-    }
-}
-
-FOR_VARIANT static void VARIANT(write_sums)(const float *a, int64_t a_row, int64_t a_term, int64_t terms,
-                                            const float *const *b, int64_t rows, int64_t columns, float *out,
-                                            int64_t out_stride, stripe_t *stripe) {
-    VARIANT(sums)(0, a, a_row, a_term, terms, b, rows, columns, out, out_stride, stripe);
-}
-
-FOR_VARIANT static void VARIANT(take_off_sums)(const float *a, int64_t a_row, int64_t a_term, int64_t terms,
-                                               const float *const *b, int64_t rows, int64_t columns, float *out,
-                                               int64_t out_stride, stripe_t *stripe) {
-    VARIANT(sums)(1, a, a_row, a_term, terms, b, rows, columns, out, out_stride, stripe);
-}
+ * What products.h says of the bits holds for all of it. Included once for every instruction set, after products.h. */
 
 /* ---- activations and losses ------------------------------------------------------------------------ */
 
@@ -259,7 +56,7 @@ FOR_VARIANT static void VARIANT(activate)(float *a, int64_t rows, int64_t column
 }
 
 /* d <- act'(a) * d, both [rows, columns], from what the activation gave. */
-FOR_VARIANT static void VARIANT(backward)(float *d, const float *a, int64_t rows, int64_t columns, int64_t activation) {
+FOR_VARIANT static void VARIANT(deactivate)(float *d, const float *a, int64_t rows, int64_t columns, int64_t activation) {
     int64_t stride = padded(columns);
     if (activation == NO_ACTIVATION)
         return;
@@ -308,51 +105,64 @@ FOR_VARIANT static void VARIANT(loss_slope)(float *d, const float *a, int64_t ro
     }
 }
 
+/* ---- layers ----------------------------------------------------------------------------------------- */
+
+/* out [size, padded outputs] = what comes out of a layer. */
+FOR_VARIANT static void VARIANT(forward)(const layer_t *layer, const float *x, const float *const *rows, int64_t size,
+                                         float *out) {
+    VARIANT(product)(rows, size, x + layer->weight, layer->outputs, layer->inputs, out, padded(layer->outputs));
+    VARIANT(activate)(out, size, layer->outputs, layer->bias < 0 ? 0 : x + layer->bias, layer->activation);
+}
+
+/* below [size, below_stride] = d W, with the slope d [size, stride] by what comes out of a layer. */
+FOR_VARIANT static void VARIANT(slope_below)(const layer_t *layer, const float *x, const float *d, int64_t stride,
+                                             int64_t size, float *below, int64_t below_stride, scratch_t *scratch) {
+    const int64_t inputs = layer->inputs, outputs = layer->outputs;
+    for (int64_t n = 0; n < outputs; n++)
+        scratch->weights[n] = x + layer->weight + n * inputs;
+    VARIANT(write_sums)(d, stride, 1, outputs, scratch->weights, size, inputs, below, below_stride, &scratch->stripe);
+}
+
+/* A layer's gradient d^T rows, and the sum of d, written into a vector like the parameters, or taken off one. */
+FOR_VARIANT static void VARIANT(gradient)(const layer_t *layer, float *to, int take_off, const float *d, int64_t stride,
+                                          const float *const *rows, int64_t size, scratch_t *scratch) {
+    const int64_t inputs = layer->inputs, outputs = layer->outputs;
+    const float *one = scratch->ones;
+    float *weight = to + layer->weight, *bias = to + layer->bias;
+    stripe_t *stripe = &scratch->stripe;
+    for (int64_t m = 0; m < size; m++)
+        scratch->slopes[m] = d + m * stride;
+    if (take_off) {
+        VARIANT(take_off_sums)(d, 1, stride, size, rows, outputs, inputs, weight, inputs, stripe);
+        if (layer->bias >= 0)
+            VARIANT(take_off_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, bias, 0, stripe);
+    } else {
+        VARIANT(write_sums)(d, 1, stride, size, rows, outputs, inputs, weight, inputs, stripe);
+        if (layer->bias >= 0)
+            VARIANT(write_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, bias, 0, stripe);
+    }
+}
+
 /* ---- steps ------------------------------------------------------------------------------------------ */
 
 /* One step, or with `out` one gradient, of one client with parameters x, over `size` examples. */
 FOR_VARIANT static void VARIANT(step)(const chain_t *chain, float *x, float *out, const int64_t *example,
                                       const float *scale, int64_t size, scratch_t *scratch) {
     const int64_t last = chain->layers - 1, width = chain->layer[0].inputs;
-    stripe_t *stripe = &scratch->stripe;
     for (int64_t m = 0; m < size; m++)
         scratch->rows[0][m] = chain->inputs + example[m] * width;
-    for (int64_t l = 0; l <= last; l++) {
-        const layer_t *layer = chain->layer + l;
-        VARIANT(product)(scratch->rows[l], size, x + layer->weight, layer->outputs, layer->inputs, scratch->after[l],
-                         padded(layer->outputs));
-        VARIANT(activate)(scratch->after[l], size, layer->outputs, layer->bias < 0 ? 0 : x + layer->bias,
-                          layer->activation);
-    }
+    for (int64_t l = 0; l <= last; l++)
+        VARIANT(forward)(chain->layer + l, x, scratch->rows[l], size, scratch->after[l]);
     VARIANT(loss_slope)(scratch->slope[last], scratch->after[last], size, chain->layer[last].outputs, chain, example,
                         scale);
     for (int64_t l = last; l >= 0; l--) {
         const layer_t *layer = chain->layer + l;
-        const int64_t inputs = layer->inputs, outputs = layer->outputs, stride = padded(outputs);
-        float *d = scratch->slope[l], *weight = x + layer->weight;
-        VARIANT(backward)(d, scratch->after[l], size, outputs, layer->activation);
-        if (l) {
-            for (int64_t n = 0; n < outputs; n++)
-                scratch->weights[n] = weight + n * inputs;
-            VARIANT(write_sums)(d, stride, 1, outputs, scratch->weights, size, inputs, scratch->slope[l - 1],
-                                padded(inputs), stripe);
-        }
-        const float *one = scratch->ones;
-        if (out) {
-            VARIANT(write_sums)(d, 1, stride, size, scratch->rows[l], outputs, inputs, out + layer->weight, inputs,
-                                stripe);
-        } else {
-            VARIANT(take_off_sums)(d, 1, stride, size, scratch->rows[l], outputs, inputs, weight, inputs, stripe);
-        }
-        if (layer->bias >= 0) {
-            for (int64_t m = 0; m < size; m++)
-                scratch->slopes[m] = d + m * stride;
-            if (out) {
-                VARIANT(write_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, out + layer->bias, 0, stripe);
-            } else {
-                VARIANT(take_off_sums)(one, 0, 0, size, scratch->slopes, 1, outputs, x + layer->bias, 0, stripe);
-            }
-        }
+        const int64_t stride = padded(layer->outputs);
+        float *d = scratch->slope[l];
+        VARIANT(deactivate)(d, scratch->after[l], size, layer->outputs, layer->activation);
+        if (l)
+            VARIANT(slope_below)(layer, x, d, stride, size, scratch->slope[l - 1], padded(layer->inputs), scratch);
+        VARIANT(gradient)(layer, out ? out : x, !out, d, stride, scratch->rows[l], size, scratch);
     }
 }
 
