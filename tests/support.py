@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import fedsim
@@ -11,6 +15,7 @@ from fedsim.kernel import to_ns
 from fedsim.problems.models import Logistic
 from fedsim.rng import Draw, Randomness
 from fedsim.system import availability, compute
+from fedsim.training import Work
 
 
 class Scripted(availability.Availability):
@@ -121,3 +126,27 @@ def checked(result):
     if result.error is not None:
         raise result.error
     return result
+
+
+# ---- pools without a run -----------------------------------------------------------------------------
+
+
+def quadratic() -> fedsim.Problem:
+    """A small problem of ten clients."""
+    problem = fedsim.Quadratic()
+    problem.prepare(10, Randomness(0))
+    return problem
+
+
+def work(task: int, **tensors: dict[str, torch.Tensor]) -> Work:
+    """A task of it, of one step of the job ``main``."""
+    message, state = tensors.get("message", {}), tensors.get("state", {})
+    return Work(task, task, 0, "main", torch.ones(10), message, state, 0.1, 1)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -32,20 +33,21 @@ def test_arrays_come_out_as_they_went_in_and_lie_where_new_vectors_would() -> No
         "strided": np.arange(20)[::3],
     }
     letter = made.seal(("small", sent))
-    assert [begin % ALIGNED for begin, _ in letter.places] == [0] * len(letter.places)
-    ends = [begin + size for begin, size in letter.places]
-    assert all(end <= begin for end, (begin, _) in zip(ends, letter.places[1:], strict=False))
     word, got = Region.attach(made.address).unsealed(letter)
     assert word == "small"
+    # What is not dense travels as text.
+    assert [got[name].ctypes.data % ALIGNED for name in ("one", "scalar", "turned")] == [0, 0, 0]
     for name, array in sent.items():
         assert (got[name].dtype, got[name].shape) == (array.dtype, array.shape), name
         np.testing.assert_array_equal(got[name], array)
 
 
-def test_what_is_large_does_not_travel_in_the_letter() -> None:
-    letter = Region.create().seal([np.ones(10**6), np.ones(10**6)])
-    assert len(letter.text) < 1000
-    assert [size for _, size in letter.places] == [8 * 10**6] * 2
+def test_a_letter_is_small_whatever_it_is_about() -> None:
+    made = Region.create()
+    for value in ([np.ones(10**6), np.ones(10**6)], list(map(str, range(10**5))), [np.ones(3)] * 10**4):
+        letter = made.seal(value)
+        assert len(pickle.dumps(letter)) < 300
+        assert str(made.unsealed(letter)) == str(value)
 
 
 CHILD = """
@@ -76,7 +78,7 @@ def test_another_process_reads_grows_and_answers_in_the_same_memory(tmp_path: Pa
 def test_a_region_is_used_again_and_grows_only_when_it_must() -> None:
     region = Region.create()
     lengths = []
-    for size in (10, 1000, GROWTH, 10, GROWTH + 1, GROWTH):
+    for size in (10, 1000, GROWTH - 1000, 10, GROWTH - 10, 10):  # the contents need some bytes more
         letter = region.seal(np.full(size, size % 251, dtype=np.uint8))
         assert set(region.unsealed(letter).tolist()) == {size % 251}
         lengths.append(os.stat(region.address.path).st_size)

@@ -11,6 +11,7 @@ import torch
 import fedsim
 from fedsim.pool import InlinePool
 from fedsim.pool.crew import Member
+from fedsim.pool.lines import Line, Ticket
 from fedsim.pool.parcels import Packed, Parcel, Results, shared_tensors
 from fedsim.pool.ray import Group, RayPool
 from fedsim.pool.regions import Letter, Region
@@ -59,9 +60,7 @@ def test_near_and_far_give_what_the_driver_would_and_near_is_copied_before_the_r
     for _ in range(2):
         letter = near.sealed(parcels())
         assert letter is not None
-        said = one.train_near(letter)
-        assert isinstance(said, bytes)
-        answer = pickle.loads(said)
+        answer = one.train_near(pickle.loads(pickle.dumps(letter)))
         assert isinstance(answer.results, Letter)
         results = near.results(answer)
         assert near.region is not None
@@ -100,26 +99,59 @@ class Recorder:
         return Method
 
 
-@pytest.mark.parametrize(("near", "method"), [(True, "train_near"), (False, "train")])
-def test_who_reaches_the_drivers_memory_gets_letters_and_all_others_references(near: bool, method: str) -> None:
-    pool, sent, actor = RayPool(), group(), Recorder()
+class Heard(Line):
+    """A line whose other end is looked at here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[Any] = []
+
+    def ask(self, word: Any) -> Ticket:
+        self.words.append(word)
+        return super().ask(word)
+
+
+def sent_by(pool: RayPool, member: Member) -> tuple[Any, Group]:
     pool._ray = type("Ray", (), {"put": staticmethod(lambda packed: ("reference", packed.array[0]))})
+    sent = group()
     pool._store.keep(sent.shared)
-    member = Member(0, actor, greeting=None, near=near)
     sent.join(member)
-    pool._send(sent)
+    return pool._send(sent), sent
+
+
+def test_who_has_a_line_gets_letters_through_it_and_all_others_references() -> None:
+    pool, actor, line = RayPool(), Recorder(), Heard()
+    member = Member(0, actor, greeting=None, near=True, line=line)
+    ticket, sent = sent_by(pool, member)
+    assert ticket in line.tickets
+    assert [type(word) for word in line.words] == [Letter]
+    assert actor.calls == []
+    assert len(pool._store) == 0
+    sent.leave()
+    member.line = None
+    sent_by(pool, member)
     ((called, given),) = actor.calls
-    assert called == method
-    if near:
-        assert [type(pickle.loads(each)) for each in given] == [Letter]
-        assert len(pool._store) == 0
-    else:
-        assert given[1:] == tuple(("reference", work.start[0]) for work in WORKS)
-        assert len(pool._store) == len(WORKS)
+    assert called == "train"
+    assert given[1:] == tuple(("reference", work.start[0]) for work in WORKS)
+    assert len(pool._store) == len(WORKS)
+
+
+def test_without_room_in_a_region_the_line_is_left_and_ray_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no space left")
+
+    pool, actor, line = RayPool(), Recorder(), Heard()
+    member = Member(0, actor, greeting=None, near=True, line=line)
+    monkeypatch.setattr(Region, "seal", refuse)
+    sent_by(pool, member)
+    assert not line.takes  # a worker that waits at its line hears no call
+    assert line.words == []
+    assert [called for called, _ in actor.calls] == ["train"]
+    assert member.lent() is None
 
 
 def test_a_region_goes_back_to_its_worker_and_is_lost_with_it() -> None:
-    member, one, two = Member(0, "actor", greeting=None, near=True), group(), group()
+    member, one, two = Member(0, "actor", greeting=None, near=True, line=Line()), group(), group()
     one.join(member)
     two.join(member)
     regions = {id(one.region), id(two.region)}

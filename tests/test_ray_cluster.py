@@ -8,12 +8,13 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from support import wait_until
 
 import fedsim
 from fedsim.pool import InlinePool, Pool
@@ -30,16 +31,7 @@ from fedsim.system.network import Constant
 STRATEGIES = {"fedavg": FedAvg, "fedbuff": FedBuff, "fedasync": FedAsync}
 
 
-@pytest.fixture(autouse=True)
-def all_that_is_submitted_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks as short as these would soon be trained by the driver itself: see test_pool_trips.py."""
-    monkeypatch.setattr("fedsim.pool.ray.Trips.are_worth_it", lambda *_: True)
-
-
-@pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers as on another machine, who reach nothing of the driver's."""
-    monkeypatch.setattr("fedsim.pool.crew.new_region", lambda: None)
+pytestmark = pytest.mark.usefixtures("all_that_is_submitted_travels")
 
 
 class Slow(fedsim.LocalSGD):
@@ -71,13 +63,6 @@ class Noting(AllThere):
     def close(self) -> None:
         self.left = self._crew.joined()
         super().close()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def run(pool: Pool, strategy: str, rule: type[fedsim.LocalSGD] = fedsim.LocalSGD, rounds: int = 3) -> tuple[str, str]:
@@ -225,7 +210,7 @@ def test_a_worker_that_ray_kills_for_its_memory_says_what_to_try(tmp_path: Path)
 
 @pytest.fixture
 def one_node() -> Iterator[None]:
-    """A Ray of this process, which pools use, whatever their address, and leave running."""
+    """A Ray of this process, which pools use, whatever their address, and leave running; gone with the test."""
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
 import torch
-from support import checked
+from support import checked, quadratic, wait_until, work
 
 import fedsim
 from fedsim.pool import InlinePool, Pool
@@ -27,8 +24,10 @@ from fedsim.strategies.fedprox import FedProx
 from fedsim.system.compute import Lognormal
 from fedsim.system.faults import Faults
 from fedsim.system.network import Constant
-from fedsim.training import Result, Work
+from fedsim.training import Result
 from fedsim.vectors import Layout
+
+pytestmark = pytest.mark.usefixtures("all_that_is_submitted_travels")
 
 
 class Control(fedsim.LocalSGD):
@@ -55,27 +54,6 @@ class Shifting(FedBuff):
 STRATEGIES = {"fedavg": FedAvg, "fedasync": FedAsync, "fedbuff": FedBuff, "fedprox": FedProx, "message": Shifting}
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One Ray for all tests here; pools find it running and leave it running."""
-    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
-    yield
-    assert ray.is_initialized()
-    ray.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def all_that_is_submitted_travels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks as short as these would soon be trained by the driver itself: see test_pool_trips.py."""
-    monkeypatch.setattr("fedsim.pool.ray.Trips.are_worth_it", lambda *_: True)
-
-
-@pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers as on another machine, who reach nothing of the driver's."""
-    monkeypatch.setattr("fedsim.pool.crew.new_region", lambda: None)
-
-
 def run(pool: Pool, strategy: str = "fedbuff", rounds: int = 3, local: fedsim.LocalSGD | None = None) -> fedsim.Run:
     rule = Control if strategy == "message" else fedsim.LocalSGD
     return fedsim.simulate(
@@ -92,40 +70,6 @@ def run(pool: Pool, strategy: str = "fedbuff", rounds: int = 3, local: fedsim.Lo
 
 def hashes(one: fedsim.Run) -> tuple[str, str]:
     return one.manifest["model_sha256"], one.manifest["events_sha256"]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def opened() -> Iterator[Callable[..., RayPool]]:
-    """Makes pools that train a small quadratic problem with the job ``main``, and closes them."""
-    pools: list[RayPool] = []
-
-    def make(rule: fedsim.LocalSGD | None = None, **settings: Any) -> RayPool:
-        pool = RayPool(**settings)
-        pool.open(quadratic(), {"main": rule or fedsim.LocalSGD(steps=1)}, Randomness(0))
-        pools.append(pool)
-        return pool
-
-    yield make
-    for pool in pools:
-        pool.close()
-
-
-def quadratic() -> fedsim.Problem:
-    problem = fedsim.Quadratic()
-    problem.prepare(10, Randomness(0))
-    return problem
-
-
-def work(task: int, **tensors: dict[str, torch.Tensor]) -> Work:
-    message, state = tensors.get("message", {}), tensors.get("state", {})
-    return Work(task, task, 0, "main", torch.ones(10), message, state, 0.1, 1)
 
 
 # ---- the same bits -------------------------------------------------------------------------------
@@ -261,122 +205,6 @@ def test_what_the_allocator_of_torch_says_is_out_of_memory_too() -> None:
     pool.open(quadratic(), {"main": HungryTorch()}, Randomness(0))
     pool.submit([work(0), work(1)])
     assert "out of memory training 2 tasks together, try pool.group=1 (" in str(pool.result(0).error)
-
-
-# ---- workers that join, die and are lost -----------------------------------------------------------
-
-
-def hold_cores(count: int) -> Any:
-    """An actor that holds cores which workers would like to have."""
-
-    class Holder:  # in here it travels by value: no worker could import it
-        def ready(self) -> None: ...
-
-    actor = ray.remote(Holder).options(num_cpus=count).remote()
-    ray.get(actor.ready.remote())
-    return actor
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_worker_without_a_core_does_not_hold_up_the_run(opened: Any) -> None:
-    taken = hold_cores(2)
-    pool = opened(workers=3, group=1)
-    pool.submit([work(task) for task in range(6)])
-    assert [checked(pool.result(task)).steps for task in range(6)] == [1] * 6
-    assert pool._crew.joined() == 1
-    assert pool._crew.missing() == "2 of 3 workers wait for a core each, Ray has 0 free"
-    ray.kill(taken)
-    wait_until(lambda: pool._take_in(0.1) or pool._crew.joined() == 3)
-    assert pool.restarts == 0
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_busy_cluster_is_waited_for_and_the_log_says_so(
-    caplog: pytest.LogCaptureFixture, opened: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fedsim.pool.ray.PATIENCE", 0.5)
-    monkeypatch.setattr("fedsim.pool.ray.SLICE", 0.2)
-    taken = hold_cores(3)
-    pool = opened(workers=2)
-    pool.submit([work(0)])
-    threading.Timer(1.5, ray.kill, [taken]).start()
-    with caplog.at_level("WARNING", "fedsim"):
-        assert checked(pool.result(0)).steps == 1
-    assert "still waiting: 2 of 2 workers wait for a core each, Ray has 0 free" in caplog.text
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_killed_worker_costs_nothing_but_time(caplog: pytest.LogCaptureFixture) -> None:
-    pool = RayPool(2, group=1)
-
-    def kill_one() -> None:
-        wait_until(lambda: any(member.process and member.load for member in pool._crew.members))
-        os.kill(max(member.process for member in pool._crew.members), signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    with caplog.at_level("WARNING", "fedsim"):
-        killed = run(pool, rounds=12)
-    killer.join()
-    wanted = hashes(run(InlinePool(), rounds=12))
-    assert hashes(killed) == wanted
-    assert "they are trained again: ActorDiedError" in caplog.text
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_worker_that_dies_is_restarted_and_counted(caplog: pytest.LogCaptureFixture, opened: Any) -> None:
-    pool = opened(workers=1, group=2)
-    pool.submit([work(0)])
-    pool.result(0)
-    os.kill(pool._crew.members[0].process, signal.SIGKILL)
-    pool.submit([work(task) for task in range(1, 7)])
-    with caplog.at_level("WARNING", "fedsim"):
-        assert [checked(pool.result(task)).steps for task in range(1, 7)] == [1] * 6
-    assert pool.restarts == 1
-    assert "Ray worker 0 died and was restarted" in caplog.text
-    assert len(pool._store) == 0
-
-
-@pytest.mark.usefixtures("cluster")
-def test_tasks_of_a_lost_node_go_first_in_their_order(
-    caplog: pytest.LogCaptureFixture, opened: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cluster's word is falsified here; test_ray_cluster.py removes a real node."""
-    pool = opened(workers=1, group=1)
-    wait_until(lambda: pool._take_in(0.1) or pool._crew.joined() == 1)
-    pool.submit([work(task) for task in range(5)])
-    assert [group.works[0].task for group in pool._queue] == [2, 3, 4]
-    node, nodes = pool._crew.members[0].node, ray.nodes()
-    monkeypatch.setattr(ray, "nodes", lambda: [{**each, "Alive": each["NodeID"] != node} for each in nodes])
-    with caplog.at_level("WARNING", "fedsim"):
-        pool._look_after_nodes()
-    assert f"Ray node {node[:12]}" in caplog.text
-    assert "was lost, 1 of 1 workers are gone; their tasks (2) are trained again" in caplog.text
-    assert [group.works[0].task for group in pool._queue] == [0, 1, 2, 3, 4]
-    monkeypatch.setattr("fedsim.pool.crew.HOPELESS_SECONDS", 0.0)
-    with pytest.raises(fedsim.SimulationError, match="all Ray workers are lost, and for 0 s no node had a core"):
-        pool._look_after_nodes()
-    monkeypatch.undo()
-    assert [checked(pool.result(task)).steps for task in range(5)] == [1] * 5
-
-
-class Stillborn:
-    """No worker process can import this file."""
-
-    def __init__(self, *given: object) -> None:
-        """Never made."""
-
-    def hello(self) -> None:
-        """Never asked."""
-
-
-@pytest.mark.usefixtures("cluster")
-def test_a_worker_that_cannot_start_ends_the_run(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsim.pool.crew.Worker", Stillborn)
-    pool = opened(workers=1)
-    pool.submit([work(0)])
-    with pytest.raises(fedsim.SimulationError, match="Ray worker 0 cannot be started: "):
-        pool.result(0)
 
 
 # ---- mistakes ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedsim.checks import ConfigError, SimulationError, said
+from fedsim.pool.lines import Line
 from fedsim.pool.regions import Region
 from fedsim.pool.worker import Worker
 
@@ -40,6 +41,10 @@ class Member:
     failed_starts: int = 0
     near: bool = False
     """Whether it reaches the driver's memory."""
+    line: Line | None = None
+    """Through which it is asked if it is near."""
+    serving: Any = None
+    """The reference of its answer to ``serve``, which comes when it has left the line; None if it is not there."""
     regions: list[Region] = field(default_factory=list)
     """Those that lie idle between the driver and it."""
 
@@ -50,9 +55,23 @@ class Member:
 
     def lent(self) -> Region | None:
         """A region that only it and the driver use, until it is put back; None if there can be none."""
-        if not self.near:
+        if self.line is None or not self.line.takes:
             return None
         return self.regions.pop() if self.regions else new_region()
+
+    def connect(self) -> None:
+        """Open a line to it; it goes without if there can be no more files."""
+        try:
+            self.line = Line()
+        except OSError:
+            return
+        self.serving = self.actor.serve.remote(self.line.ends)
+
+    def disconnect(self) -> None:
+        """Leave the line, whatever is still to come."""
+        if self.line is not None:
+            self.line.close()
+        self.line = self.serving = None
 
 
 @dataclass(slots=True, eq=False)
@@ -124,6 +143,15 @@ class Crew:
         """Those who have not joined, by the reference of the greeting they owe."""
         return {member.greeting: member for member in self.members if not member.joined}
 
+    def lines(self) -> dict[Line, Member]:
+        """The lines through which something may come."""
+        return {each.line: each for each in self.members if each.line is not None and not each.line.has_ended}
+
+    def off_line(self) -> dict[Any, Member]:
+        """Those who serve a line that is not open, or not any more, by the reference that tells why."""
+        on_line = ((each, each.line) for each in self.members if each.serving is not None)
+        return {each.serving: each for each, line in on_line if line is not None and not line.is_open}
+
     def joined(self) -> int:
         """How many workers can be given work."""
         return sum(member.joined for member in self.members)
@@ -157,6 +185,8 @@ class Crew:
             return
         member.node, member.process, member.near = place
         member.greeting, member.failed_starts = None, 0
+        if member.near:
+            member.connect()
         if member.died:
             member.died = False
             self.restarts += 1
@@ -193,6 +223,7 @@ class Crew:
 
     def _renew(self, member: Member) -> None:
         self._ray.kill(member.actor)
+        member.disconnect()
         member.actor, member.greeting = self._hired()
         member.process = member.load = 0
         member.near, member.regions = False, []  # its process may still write to them
@@ -223,6 +254,7 @@ class Crew:
         """Stop all workers, whatever they are doing."""
         for member in self.members:
             self._ray.kill(member.actor)
+            member.disconnect()
         self.members, self._given, self._probe = [], (), None
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from fedsim.pool.base import Pool, device_setting, group_setting, group_size, ke
 from fedsim.pool.connection import connect, import_ray
 from fedsim.pool.crew import Crew, LostNode, Member
 from fedsim.pool.inline import InlinePool
+from fedsim.pool.lines import Line, Ticket, heard
 from fedsim.pool.parcels import Packed, Parcel, shared_tensors
 from fedsim.pool.regions import Letter, Region
 from fedsim.pool.store import TensorStore
@@ -46,6 +46,9 @@ SLICE = 2.0
 
 SOONEST = 0.0005
 """Seconds before which nobody answers."""
+
+TURN = 0.002
+"""Seconds for which the pool listens to Ray before it listens to the lines again, as long as it has to hear both."""
 
 PATIENCE = 120.0
 """Seconds without any result after which the log says what is waited for."""
@@ -84,12 +87,12 @@ class Group:
                 self.member.regions.append(self.region)
         self.member = self.actor = self.region = None
 
-    def sealed(self, parcels: Sequence[Parcel]) -> bytes | None:
+    def sealed(self, parcels: Sequence[Parcel]) -> Letter | None:
         """A letter about all that training needs, in its region; None if it has none, or that finds no more memory."""
         if self.region is None:
             return None
         try:
-            return bytes(self.region.seal((parcels, [Packed.of(tensor) for tensor in self.shared])))
+            return self.region.seal((parcels, [Packed.of(tensor) for tensor in self.shared]))
         except OSError:
             self.region = None
             return None
@@ -157,6 +160,7 @@ class RayPool(Pool):
         """When works were last submitted, on the clock of ``time.perf_counter``."""
         self._queue: deque[Group] = deque()
         self._running: dict[Any, Group] = {}
+        """By the ticket of the answer, or its reference if it comes through Ray."""
         self._results: dict[int, Result] = {}
         self._due: set[int] = set()
         """Tasks whose result is still to come and will be asked for."""
@@ -290,38 +294,65 @@ class RayPool(Pool):
         """Hand a group to its worker; the reference of the answer."""
         places = {id(tensor): place for place, tensor in enumerate(group.shared)}
         parcels = [Parcel.of(work, places) for work in group.works]
-        letter = group.sealed(parcels)
-        if letter is not None:
-            return group.actor.train_near.remote(letter)
+        letter, line = group.sealed(parcels), group.member.line if group.member is not None else None
+        if line is not None:
+            if letter is not None:
+                return line.ask(letter)
+            line.hang_up()  # a worker that waits at its line hears nothing else
         return group.actor.train.remote(parcels, *self._store.references(group.shared, self._ray.put))
 
     def _take_in(self, timeout: float) -> None:
         """Take in finished groups and greetings: all that are there, or the first that comes in ``timeout`` seconds."""
-        greetings = self._crew.greetings()
-        awaited = [*self._running, *greetings]
-        if not awaited:
+        greetings, lines, off_line = self._crew.greetings(), self._crew.lines(), self._crew.off_line()
+        called = [reference for reference in self._running if not isinstance(reference, Ticket)]
+        awaited = [*called, *greetings, *off_line]
+        if not awaited and not lines:
             return
         self._waits_since = time.perf_counter() if timeout else math.inf
-        finished, _ = self._ray.wait(awaited, num_returns=1 if timeout else len(awaited), timeout=timeout)
-        for reference in finished:
+        there, finished = self._listened(list(lines), awaited, timeout)
+        if there or finished:
             self._quiet_since = time.monotonic()
+        for line in there:
+            self._hear(line)
+        for reference in finished:
             # What was lost with a node, as another of these told, is waited for no more.
             if reference in self._running:
                 self._take(reference)
             elif reference in self._crew.greetings():
                 self._crew.welcome(greetings[reference])
+            elif reference in self._crew.off_line():
+                self._left(off_line[reference])
         self._hand_out()
 
+    def _listened(self, lines: list[Line], awaited: list[Any], timeout: float) -> tuple[list[Line], list[Any]]:
+        """The lines and the references of Ray's that there is something to hear of, in so many seconds."""
+        if not awaited:
+            return heard(lines, timeout), []
+        until = time.monotonic() + timeout
+        while True:
+            there = heard(lines, 0.0)
+            left = 0.0 if there else max(0.0, until - time.monotonic())
+            span = min(left, TURN) if lines else left
+            finished, _ = self._ray.wait(awaited, num_returns=1 if left else len(awaited), timeout=span)
+            if there or finished or not left:
+                return there, finished
+
+    def _hear(self, line: Line) -> None:
+        """Take in what has come through a line."""
+        said = line.take()
+        if said is not None and said[0] in self._running:
+            self._arrived(self._running.pop(said[0]), said[1])
+
     def _take(self, reference: Any) -> None:
-        """Take in one finished group, or see to it that it is trained again."""
+        """Take in one group that Ray says is finished, or see to it that it is trained again."""
         try:
             answer = self._ray.get(reference)
         except self._ray.exceptions.RayError as error:
             self._failed(reference, error)
             return
-        group = self._running.pop(reference)
-        if isinstance(answer, bytes):
-            answer = pickle.loads(answer)
+        self._arrived(self._running.pop(reference), answer)
+
+    def _arrived(self, group: Group, answer: Answer) -> None:
         results = group.results(answer)
         self._learn(group, answer.seconds)
         group.leave()
@@ -338,6 +369,22 @@ class RayPool(Pool):
             self._trips.travelled(time.perf_counter() - group.sent - seconds)
 
     # ---- what can go wrong -----------------------------------------------------------------------
+
+    def _left(self, member: Member) -> None:
+        """A worker serves its line no more: if it has not been asked to, what it was asked is trained again."""
+        line, actor, reference = member.line, member.actor, member.serving
+        assert line is not None
+        member.serving = None
+        try:
+            self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            for ticket in [each for each in line.tickets if each in self._running]:
+                if ticket in self._running:
+                    self._failed(ticket, error)
+            if isinstance(error, self._ray.exceptions.RayActorError):
+                self._crew.bury(actor)  # it may have had nothing to do
+            elif member.line is line:
+                member.disconnect()  # it can be called all the same
 
     def _failed(self, reference: Any, error: Exception) -> None:
         """A group's answer is an error of Ray's, or was lost: train the group again, by itself.
@@ -360,12 +407,13 @@ class RayPool(Pool):
         group.region = None  # whoever failed may still write to it
         group.leave()
         group.failures += 1
-        in_worker = isinstance(error, errors.RayTaskError) and not isinstance(error.cause, errors.RayError)
+        cause = getattr(error, "cause", None)
+        in_worker = isinstance(error, errors.RayTaskError) and not isinstance(cause, errors.RayError)
+        reason = error if cause is None or not in_worker else cause
+        why = f"{type(reason).__name__}: {said(reason)}"
         if in_worker or group.failures > RETRIES:
-            raise SimulationError(f"{who} failed on {group}: {type(error).__name__}: {said(error)}") from error
-        logger.warning(
-            "%s failed on %s; they are trained again: %s", who, group, f"{type(error).__name__}: {said(error)}"
-        )
+            raise SimulationError(f"{who} failed on {group}: {why}") from error
+        logger.warning("%s failed on %s; they are trained again: %s", who, group, why)
         # The groups that shared the worker with it may have been the reason, or it theirs.
         group.room = QUEUED
         self._queue.appendleft(group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedsim.pool.connection import import_ray
+from fedsim.pool.lines import Ends, serve
 from fedsim.pool.parcels import Packed, Parcel, Results
 from fedsim.pool.regions import Address, Letter, Region
 from fedsim.pool.usercode import Bytes, unpickled
@@ -65,23 +65,23 @@ class Worker:
         """
         return Answer(*self._train(parcels, tensors))
 
-    def train_near(self, sent: bytes) -> Answer | bytes:
-        """Train a group whose tensors lie in a region, and leave those of the results there.
+    def serve(self, ends: Ends) -> None:
+        """Train the groups of which letters come through a line, until the driver hangs up."""
+        serve(ends, self.train_near)
+
+    def train_near(self, letter: Letter) -> Answer:
+        """Train a group whose tensors lie in a region, and leave its results there if there is room.
 
         Args:
-            sent: a letter, the arguments of :meth:`train`.
-
-        Returns:
-            The answer, pickled if its results lie in the region.
+            letter: about the arguments of :meth:`train`.
         """
-        letter: Letter = pickle.loads(sent)
         region = self._regions.get(letter.address)
         if region is None:
             region = self._regions[letter.address] = Region.attach(letter.address)
         parcels, tensors = region.unsealed(letter)
         results, seconds = self._train(parcels, tensors)
         try:
-            return pickle.dumps(Answer(region.seal(results), seconds))
+            return Answer(region.seal(results), seconds)
         except OSError:  # no memory left for a larger region
             return Answer(results, seconds)
 
