@@ -15,10 +15,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from experiments.benchmarks.contest import ENVIRONMENT, ROOT
 from experiments.benchmarks.processes import peak_bytes
+
+if TYPE_CHECKING:
+    from fedsim.simulation import Simulation
 
 CLIENTS = 10_000
 
@@ -28,31 +31,90 @@ SCHEDULES = (("fedavg", 10), ("fedavg", 100), ("fedavg", 1000), ("fedbuff", 10),
 SETTLING = 5
 """Cohorts of results before the clocks are read."""
 
+SLICE, BETWEEN = 5000, 0.05
+"""Tasks of a bare loop at a time, and seconds of a schedule between two such slices."""
+
+
+class BareLoop:
+    """The least that a schedule in plain Python can be: a heap, a client at random and a row of two numbers.
+
+    It says how fast the machine is at such work. What it takes is counted, in slices that the measurement of something
+    else can be interleaved with, for machines that are shared change their speed within seconds.
+    """
+
+    def __init__(self, in_flight: int) -> None:
+        self._generator = random.Random(0)
+        self._spans = [self._generator.lognormvariate(0.0, 1.0) for _ in range(CLIENTS)]
+        self._heap = [(span, client) for client, span in enumerate(self._spans[:in_flight])]
+        heapq.heapify(self._heap)
+        self._rows = [(0, 0.0)] * SLICE
+        self.tasks = 0
+        self.wall = self.cpu = 0.0
+
+    def slice(self) -> None:
+        """Some tasks more."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        heap, spans, rows, chosen_of = self._heap, self._spans, self._rows, self._generator.randrange
+        for place in range(SLICE):
+            now, client = heapq.heappop(heap)
+            rows[place] = client, now
+            chosen = chosen_of(CLIENTS)
+            heapq.heappush(heap, (now + spans[chosen], chosen))
+        self.tasks += SLICE
+        self.wall += time.perf_counter() - wall
+        self.cpu += time.process_time() - cpu
+
+    def rate(self) -> float:
+        """Client tasks per processor second."""
+        return self.tasks / self.cpu
+
+
+class Stopwatch:
+    """Times a schedule from its fifth cohort on, with a bare loop in between, and stops it after so many seconds."""
+
+    def __init__(self, bare: BareLoop, settling: int, seconds: float) -> None:
+        self.bare, self._settling, self._seconds = bare, settling, seconds
+        self._wall = self._cpu = self._next = 0.0
+        self._updates = 0
+
+    def __call__(self, sim: Simulation) -> None:
+        """Look at a run after an instant."""
+        if not self._wall:
+            if sim.updates >= self._settling:
+                self._updates, self._wall, self._cpu = sim.updates, time.perf_counter(), time.process_time()
+                self._next = self._wall + BETWEEN
+            return
+        now = time.perf_counter()
+        if now >= self._next:
+            self.bare.slice()
+            self._next = time.perf_counter() + BETWEEN
+        if now - self._wall > self._seconds:
+            sim.stop("measured")
+
+    def rates(self, updates: int) -> dict[str, float]:
+        """Client tasks per second of both clocks, once there have been so many updates in all, and the bare loop's."""
+        wall = time.perf_counter() - self._wall - self.bare.wall
+        cpu = time.process_time() - self._cpu - self.bare.cpu
+        tasks = updates - self._updates
+        return {"wall": tasks / wall, "cpu": tasks / cpu, "bare": self.bare.rate()}
+
 
 def schedule(method: str, in_flight: int, seconds: float, out: str) -> dict[str, float]:
     """Run a schedule for about so many seconds, with records; client tasks per second by wall and processor clock.
 
     Log-normal speeds and bandwidths, nothing trained, FedBuff with a buffer of 10. What is timed begins after some
-    rounds and ends when all tables are on disk. ``bare`` is what :func:`bare` does in the same process.
+    rounds and ends when all tables are on disk. ``bare`` is what a :class:`BareLoop` did in between.
     """
     import pandas  # noqa: F401 - loading it is start-up, which is measured elsewhere
 
     import fedsim
-    from fedsim.simulation import Simulation
     from fedsim.strategies.fedavg import FedAvg
     from fedsim.strategies.fedbuff import FedBuff
     from fedsim.system import compute, network
 
-    began: list[tuple[float, float, int]] = []
-
-    def watch(sim: Simulation) -> None:
-        if not began and sim.updates >= SETTLING * cohort:
-            began.append((time.perf_counter(), time.process_time(), sim.updates))
-        elif began and time.perf_counter() - began[0][0] > seconds:
-            sim.stop("measured")
-
     strategy = FedAvg() if method == "fedavg" else FedBuff(concurrency=in_flight)
     cohort = in_flight if method == "fedavg" else 10
+    watch = Stopwatch(BareLoop(in_flight), SETTLING * cohort, seconds)
     run = fedsim.simulate(
         strategy,
         fedsim.ScheduleOnly(),
@@ -64,30 +126,7 @@ def schedule(method: str, in_flight: int, seconds: float, out: str) -> dict[str,
         out=out,
         observer=watch,
     )
-    wall, cpu, updates = began[0]
-    tasks = run.summary["updates"] - updates
-    rates = {"wall": tasks / (time.perf_counter() - wall), "cpu": tasks / (time.process_time() - cpu)}
-    return {**rates, "bare": bare(in_flight, seconds / 4)}
-
-
-def bare(in_flight: int, seconds: float) -> float:
-    """Client tasks per processor second of the least that a schedule in plain Python can be.
-
-    That is a heap, a client at random and a row of two numbers. It says how fast the machine is at such work.
-    """
-    generator = random.Random(0)
-    spans = [generator.lognormvariate(0.0, 1.0) for _ in range(CLIENTS)]
-    heap = [(span, client) for client, span in enumerate(spans[:in_flight])]
-    heapq.heapify(heap)
-    rows: list[tuple[int, float]] = []
-    began = time.process_time()
-    while not rows or time.process_time() - began < seconds:
-        for _ in range(1000):
-            now, client = heapq.heappop(heap)
-            rows.append((client, now))
-            chosen = generator.randrange(CLIENTS)
-            heapq.heappush(heap, (now + spans[chosen], chosen))
-    return len(rows) / (time.process_time() - began)
+    return watch.rates(run.summary["updates"])
 
 
 def million(rounds: int, out: str) -> dict[str, float]:

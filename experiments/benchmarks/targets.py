@@ -19,7 +19,8 @@ class Target:
         value: the target.
         unit: after the number.
         most: whether the target is a limit that must not be exceeded.
-        gated: whether the short benchmark fails below ``GATE`` of it. Not yet so where fedsim is not there yet.
+        gated: whether the short benchmark fails below ``GATE`` of it. Not so for tasks a second, which are the
+            machine's as much as fedsim's: their share of a bare loop's is.
     """
 
     key: str
@@ -46,9 +47,9 @@ TARGETS = (
     Target("W2a", "W2a inline, speed per core", 1.15, "x naive"),
     Target("W2b", "W2b inline, speed per core", 1.15, "x naive"),
     Target("W3", "W3 inline, speed per core", 4.0, "x naive"),
-    Target("W1a ray", "W1a, Ray with 2 workers against 1, wall", 1.7, "x", gated=False),
-    Target("W2a ray", "W2a, Ray with 2 workers against 1, wall", 1.7, "x", gated=False),
-    Target("W2b ray", "W2b, Ray with 2 workers against 1, wall", 1.7, "x", gated=False),
+    Target("W1a ray", "W1a, Ray with 2 workers against 1, wall", 1.7, "x"),
+    Target("W2a ray", "W2a, Ray with 2 workers against 1, wall", 1.7, "x"),
+    Target("W2b ray", "W2b, Ray with 2 workers against 1, wall", 1.7, "x"),
     Target("asynchronous", "FedBuff's samples per second against FedAvg's, W1a, 50 in flight", 0.8, "x"),
     Target("fedavg 10", "schedule only, FedAvg, 10 in flight", SCHEDULE, "tasks/s", gated=False),
     Target("fedavg 100", "schedule only, FedAvg, 100 in flight", SCHEDULE, "tasks/s", gated=False),
@@ -58,6 +59,8 @@ TARGETS = (
     Target("fedbuff 1000", "schedule only, FedBuff, 1,000 in flight", SCHEDULE, "tasks/s", gated=False),
     Target("fedavg 100 bare", "schedule only, FedAvg, 100 in flight, against a bare loop", OF_BARE, "x"),
     Target("fedavg 1000 bare", "schedule only, FedAvg, 1,000 in flight, against a bare loop", OF_BARE, "x"),
+    Target("fedbuff 50 bare", "schedule only, FedBuff, 50 in flight, against a bare loop", OF_BARE, "x"),
+    Target("fedbuff 1000 bare", "schedule only, FedBuff, 1,000 in flight, against a bare loop", OF_BARE, "x"),
     Target("million", "a million clients, peak memory", 2.0, "GB", most=True),
     Target("start", "`fedsim run rounds=1`, the whole command", 6.0, "s", most=True),
 )
