@@ -13,7 +13,8 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
-from itertools import compress
+from itertools import compress, islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -40,6 +41,9 @@ PARTS = (
 """Groups whose choices become objects."""
 
 GROUPS = (*PARTS, "pool", "checkpoint", "tracker", "experiment")
+
+MOST_MEMBERS = 10_000
+"""Runs of a sweep: to put so many together takes an hour."""
 
 
 # ---- composing -----------------------------------------------------------------------------------
@@ -245,13 +249,21 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     except OverrideParseException as error:
         raise ConfigError(f"{error.override}: cannot be read as key=value") from None
     try:
-        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-        empty = [each for each in parsed if each.is_range_sweep() and next(each.sweep_string_iterator(), None) is None]
+        counts = [sum(1 for _ in islice(each.sweep_string_iterator(), MOST_MEMBERS + 1)) for each in _swept(parsed)]
+        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None) if prod(counts) <= MOST_MEMBERS else []
     except (HydraException, AssertionError, ValueError) as error:
         raise ConfigError(f"{' '.join(overrides)}: cannot be swept ({_one_line(error)}); list the values") from None
-    for each in empty:
-        raise ConfigError(f"{each.input_line}: the range is empty")
+    for each, count in zip(_swept(parsed), counts, strict=True):
+        if not count:
+            raise ConfigError(f"{each.input_line}: the range is empty")
+    if prod(counts) > MOST_MEMBERS:
+        swept = " ".join(str(each.input_line) for each in _swept(parsed))
+        raise ConfigError(f"{swept}: a sweep has at most {MOST_MEMBERS:,} runs, give fewer values")
     return [list(member) for batch in batches for member in batch]
+
+
+def _swept(parsed: Iterable[Override]) -> list[Override]:
+    return [each for each in parsed if each.is_sweep_override()]
 
 
 def spelt_out(overrides: Sequence[str], folder: Path) -> list[str]:

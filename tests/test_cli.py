@@ -342,6 +342,12 @@ WRONG = {
     "-m seed=glob(*)": "seed=glob(*): glob is for groups of choices",
     "-m local=glob(s*),prox": "glob stands alone, several patterns are local=glob([one*,other*])",
     "-m seed=range(3,3)": "seed=range(3,3): the range is empty",
+    "-m seed=range(0,1000000000) rounds=1,2": (
+        "seed=range(0,1000000000) rounds=1,2: a sweep has at most 10,000 runs, give fewer values"
+    ),
+    "-m seed=range(101) cohort=range(1,101)": (
+        "seed=range(101) cohort=range(1,101): a sweep has at most 10,000 runs, give fewer values"
+    ),
     "-m seed=range(1,3,0)": "seed=range(1,3,0): cannot be swept (range() arg 3 must not be zero)",
     "-m seed=glob(*),3": "seed=glob(*),3: glob is for groups of choices",
     "-m hydra/sweeper=optuna local=glob(x*)": "local=glob(x*): matches no choice, allowed: prox, sam, sgd",
