@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,3 +216,31 @@ def test_a_mistake_while_a_line_is_served_ends_the_run_and_says_whose(
     pool.submit([work(0)])
     with pytest.raises(fedsim.SimulationError, match="tasks 0: ArithmeticError: of the worker's own"):
         pool.result(0)
+
+
+class Forking(fedsim.LocalSGD):
+    """Has a child that holds whatever its parent held, and outlives it."""
+
+    def begin(self, ctx: fedsim.Context) -> None:
+        child = os.fork()
+        time.sleep(20)
+        if not child:
+            os._exit(0)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_ray_has_killed_is_missed_even_if_a_child_of_its_holds_the_line_open(
+    opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsim.pool.ray.RETRIES", 0)
+    monkeypatch.setattr("fedsim.pool.ray.SLICE", 0.2)
+    pool = opened(Forking(), workers=1)
+    pool.submit([work(0)])
+    wait_until(lambda: pool._take_in(0.1) or any(line.is_open for line in pool._crew.lines()))
+    (member,) = pool._crew.members
+    wait_until(lambda: bool(Path(f"/proc/{member.process}/task/{member.process}/children").read_text()))
+    ray.kill(member.actor)
+    began = time.monotonic()
+    with pytest.raises(fedsim.SimulationError, match="Ray worker 0 failed on clients 0, tasks 0: ActorDiedError"):
+        pool.result(0)
+    assert time.monotonic() - began < 15

@@ -147,10 +147,13 @@ class Crew:
         """The lines through which something may come."""
         return {each.line: each for each in self.members if each.line is not None and not each.line.has_ended}
 
+    def serving(self) -> dict[Any, Member]:
+        """Those who serve a line, by the reference that tells when, or why, they have left it."""
+        return {each.serving: each for each in self.members if each.serving is not None}
+
     def off_line(self) -> dict[Any, Member]:
-        """Those who serve a line that is not open, or not any more, by the reference that tells why."""
-        on_line = ((each, each.line) for each in self.members if each.serving is not None)
-        return {each.serving: each for each, line in on_line if line is not None and not line.is_open}
+        """Those of them who have not opened it, or are not there any more: nothing else can tell why."""
+        return {at: each for at, each in self.serving().items() if each.line is not None and not each.line.is_open}
 
     def joined(self) -> int:
         """How many workers can be given work."""

@@ -48,7 +48,7 @@ SOONEST = 0.0005
 """Seconds before which nobody answers."""
 
 TURN = 0.002
-"""Seconds for which the pool listens to Ray before it listens to the lines again, as long as it has to hear both."""
+"""Seconds after which the pool looks at Ray, or at the lines, again, as long as it has to hear both."""
 
 PATIENCE = 120.0
 """Seconds without any result after which the log says what is waited for."""
@@ -273,6 +273,7 @@ class RayPool(Pool):
             self._take_in(timeout=SLICE)
             if time.monotonic() - self._looked >= SLICE:
                 self._look_after_nodes()
+                self._look_after_lines()
         return self._results.pop(task)
 
     def forget(self, task: int) -> None:
@@ -328,12 +329,13 @@ class RayPool(Pool):
         """The lines and the references of Ray's that there is something to hear of, in so many seconds."""
         if not awaited:
             return heard(lines, timeout), []
-        until = time.monotonic() + timeout
+        until, asked = time.monotonic() + timeout, any(line.tickets for line in lines)
         while True:
-            there = heard(lines, 0.0)
-            left = 0.0 if there else max(0.0, until - time.monotonic())
+            left = max(0.0, until - time.monotonic())
             span = min(left, TURN) if lines else left
-            finished, _ = self._ray.wait(awaited, num_returns=1 if left else len(awaited), timeout=span)
+            there = heard(lines, span if asked else 0.0)
+            span = 0.0 if asked or there else span
+            finished, _ = self._ray.wait(awaited, num_returns=1 if span else len(awaited), timeout=span)
             if there or finished or not left:
                 return there, finished
 
@@ -385,6 +387,14 @@ class RayPool(Pool):
                 self._crew.bury(actor)  # it may have had nothing to do
             elif member.line is line:
                 member.disconnect()  # it can be called all the same
+
+    def _look_after_lines(self) -> None:
+        """Ask Ray who is gone: what a worker has forked may hold its line open when Ray has killed it."""
+        serving = self._crew.serving()
+        if serving:
+            left, _ = self._ray.wait(list(serving), num_returns=len(serving), timeout=0.0)
+            for reference in left:
+                self._left(serving[reference])
 
     def _failed(self, reference: Any, error: Exception) -> None:
         """A group's answer is an error of Ray's, or was lost: train the group again, by itself.
