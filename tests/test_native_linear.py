@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedsim.local import LocalSGD
+from fedsim.checks import ConfigError
+from fedsim.local import Context, LocalSGD
 from fedsim.problems.models import Cnn, LeNet
 from fedsim.problems.modules import FlatModule, torch_seeded
 from fedsim.problems.sequential import Into, Linear, Sequential, Views, sequential_of
 from fedsim.rng import Randomness
 from fedsim.training import GeneralTrainer, Trainer, trainer_for
 from fedsim.training.native import NativeLinear, built, instruction_sets
-from tests.test_general import SEED, deltas, odd, prepared, works
+from tests.test_general import SEED, Twice, deltas, odd, prepared, works
 
 pytestmark = pytest.mark.skipif(not instruction_sets(), reason="was not built, or this processor has no AVX2")
 
@@ -145,3 +146,45 @@ def test_double_precision_stays_with_torch() -> None:
     problem = prepared(lambda: nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3)).double(), (1, 16, 16), 4)
     trainer = trainer_for(problem, {"train": LocalSGD()}, Randomness(SEED), kernel="native")
     assert not any(isinstance(each, NativeLinear) for each in form_of(trainer).stages)
+
+
+class Elsewhere(LocalSGD):
+    """Asks for gradients at vectors of another kind."""
+
+    kind = torch.float32
+
+    def direction(self, ctx: Context, x: Tensor, batch: Any) -> Tensor:
+        return ctx.grad(x.to(self.kind), batch).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+def test_gradients_at_vectors_of_another_kind_are_torchs_affair(kind: torch.dtype) -> None:
+    problem = prepared(lambda: nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(16, 3)), (1, 4, 4), 4)
+    rule = Elsewhere(lr=0.1)
+    rule.kind = kind
+    errors = []
+    for kernel in ("native", "torch"):
+        trainer = trainer_for(problem, {"train": rule}, Randomness(SEED), kernel=kernel)
+        errors.append(str(trainer.train(works(problem, 2, lr=0.1))[0].error))
+    assert errors[0] == errors[1]
+    assert "same dtype" in errors[0]
+
+
+def test_a_layer_without_inputs_gives_its_bias() -> None:
+    views = {"w": torch.empty(3, 0), "b": torch.tensor([1.0, 2.0, 3.0])}
+    out, _ = NativeLinear("w", "b").forward(views, torch.empty(2, 0), None)
+    assert out.tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+def test_only_models_with_linear_layers_that_are_known_need_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker may lack it though the driver has it."""
+    monkeypatch.setattr("fedsim.training.instruction_sets", lambda: ())
+    rules = {"train": LocalSGD()}
+    for free in (
+        nn.Sequential(Twice(), nn.Flatten(), nn.Linear(16, 3)),
+        nn.Sequential(nn.Conv2d(1, 3, 4), nn.Flatten()),
+    ):
+        made = prepared(lambda free=free: free, (1, 4, 4), 4)
+        assert isinstance(trainer_for(made, rules, Randomness(SEED), kernel="native"), GeneralTrainer)
+    with pytest.raises(ConfigError, match="kernel=native: is not there"):
+        trainer_for(prepared(LeNet(), (1, 16, 16), 4), rules, Randomness(SEED), kernel="native")

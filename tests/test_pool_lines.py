@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsim.pool.lines import Ends, Line, Ticket, heard, serve
+from fedsim.pool.lines import End, Ends, Line, Ticket, heard, serve
 
 
 def opened_files() -> int:
@@ -105,16 +108,16 @@ def test_what_an_answer_raises_ends_the_line_and_goes_to_whoever_serves() -> Non
 
 
 CHILD = """
-import sys
-from fedsim.pool.lines import Ends, serve
+import json, sys
+from fedsim.pool.lines import End, Ends, serve
 
-serve(Ends(*sys.argv[1:]), lambda word: word)
+serve(Ends(*(End(*end) for end in json.loads(sys.argv[1]))), lambda word: word)
 """
 
 
 def test_a_death_at_the_other_end_is_heard_and_asking_on_is_no_error() -> None:
     before, line = opened_files(), Line()
-    with subprocess.Popen([sys.executable, "-c", CHILD, *line.ends]) as child:
+    with subprocess.Popen([sys.executable, "-c", CHILD, json.dumps(line.ends)]) as child:
         line.ask(1)
         assert [word for _, word in answers(line, 1)] == [1]
         assert heard([line], 0.0) == []
@@ -132,11 +135,11 @@ def test_a_death_at_the_other_end_is_heard_and_asking_on_is_no_error() -> None:
 
 def test_a_worker_is_free_when_the_driver_is_gone() -> None:
     parent = """
-import subprocess, sys
+import json, subprocess, sys
 from fedsim.pool.lines import Line
 
 line = Line()
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1], *line.ends])
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], json.dumps(line.ends)])
 line.ask(1)
 while line.take() is None:
     pass
@@ -164,10 +167,87 @@ def running(process: int) -> bool:
         return False
 
 
+def test_what_has_taken_the_place_of_a_line_is_left_alone(tmp_path: Path) -> None:
+    line = Line()
+    ends = line.ends
+    line.close()
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(tmp_path / str(number), "w+")) for number in range(4)]
+        assert {file.fileno() for file in files} >= {int(end.path.rpartition("/")[2]) for end in ends}
+        for file in files:
+            file.write("held")
+            file.flush()
+        with pytest.raises(FileNotFoundError, match="is another file by now"):
+            serve(ends, print)
+        other = Line()  # a pipe, too, but another one
+        with pytest.raises(FileNotFoundError, match="is another file by now"):
+            serve(Ends(*(End(mine.path, gone.inode) for mine, gone in zip(other.ends, ends, strict=True))), print)
+        other.close()
+    assert [(tmp_path / str(number)).read_text() for number in range(4)] == ["held"] * 4
+
+
 def test_ends_that_are_not_there_are_an_error_and_leave_no_file() -> None:
     before = opened_files()
     line = Line()
     with pytest.raises(FileNotFoundError):
-        serve(Ends(line.ends.questions, "/proc/0/fd/1"), print)
+        serve(Ends(line.ends.questions, End("/proc/0/fd/1", 0)), print)
     line.close()
     assert opened_files() == before
+
+
+def test_a_child_of_the_driver_that_holds_the_line_hides_no_goodbye() -> None:
+    line = Line()
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        thread = served(line, str)
+        asked = line.ask(1)
+        assert answers(line, 1) == [(asked, "1")]
+        line.hang_up()
+        thread.join(10)
+        assert not thread.is_alive()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+FORKING = """
+import json, os, sys
+from fedsim.pool.lines import End, Ends, serve
+
+def answer(word):
+    if word == "fork" and not os.fork():
+        raise SystemExit
+    return word
+
+serve(Ends(*(End(*end) for end in json.loads(sys.argv[1]))), answer)
+"""
+
+
+def test_a_child_that_an_answer_forks_has_no_say() -> None:
+    line = Line()
+    with subprocess.Popen([sys.executable, "-c", FORKING, json.dumps(line.ends)]) as worker:
+        asked = [line.ask(word) for word in ("one", "fork", "three")]
+        got = answers(line, 3)
+        time.sleep(0.3)
+        assert heard([line], 0.0) == []
+        assert got == list(zip(asked, ["one", "fork", "three"], strict=True))
+        line.hang_up()
+        assert worker.wait(10) == 0
+
+
+def test_who_lets_broken_pipes_kill_it_is_not_killed_by_a_dead_worker() -> None:
+    text = """
+import signal
+from fedsim.pool.lines import Line
+
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+line = Line()
+line._drop(line._far)  # as if a worker had held them
+line.ask(1)
+print(line.takes, signal.pthread_sigmask(signal.SIG_BLOCK, ()), signal.sigpending())
+"""
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "set()", "set()"]

@@ -244,3 +244,18 @@ def test_a_worker_that_ray_has_killed_is_missed_even_if_a_child_of_its_holds_the
     with pytest.raises(fedsim.SimulationError, match="Ray worker 0 failed on clients 0, tasks 0: ActorDiedError"):
         pool.result(0)
     assert time.monotonic() - began < 15
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_cannot_open_its_line_is_called_through_ray(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short(Worker):  # in here it travels by value: no worker could import it
+        def serve(self, ends: object) -> None:
+            raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("fedsim.pool.crew.Worker", Short)
+    pool = opened(workers=1, group=1)
+    pool.submit([work(task) for task in range(4)])
+    assert [checked(pool.result(task)).steps for task in range(4)] == [1] * 4
+    assert pool._crew.lines() == {}
+    assert pool._running == {}
+    assert pool.restarts == 0

@@ -82,7 +82,7 @@ class Stopwatch:
         if not self._wall:
             if sim.updates >= self._settling:
                 self._updates, self._wall, self._cpu = sim.updates, time.perf_counter(), time.process_time()
-                self._next = self._wall + BETWEEN
+                self._next = self._wall
             return
         now = time.perf_counter()
         if now >= self._next:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import pickle
 import select
+import signal
+import stat
 import struct
 import weakref
 from collections import deque
@@ -18,12 +20,42 @@ from typing import Any, NamedTuple
 LENGTH = struct.Struct("<Q")
 """How a word begins: with the bytes that follow."""
 
+GOODBYE = "goodbye"
+"""Said by a driver that hangs up: pipes do not tell as long as a child of its holds them, too."""
+
+
+class End(NamedTuple):
+    """Where a worker finds one of its ends of a line."""
+
+    path: str
+    """The pipe as the driver holds it open."""
+    inode: int
+    """What the path must lead to: the driver may have left the line by now, and opened something else."""
+
+    @classmethod
+    def of(cls, file: int) -> End:
+        """Of a pipe of this process."""
+        return cls(f"/proc/{os.getpid()}/fd/{file}", os.fstat(file).st_ino)
+
+    def open(self, flags: int) -> int:
+        """A descriptor of this process.
+
+        Raises:
+            OSError: if the pipe is not there any more.
+        """
+        file = os.open(self.path, flags | os.O_CLOEXEC)
+        found = os.fstat(file)
+        if not stat.S_ISFIFO(found.st_mode) or found.st_ino != self.inode:
+            os.close(file)
+            raise FileNotFoundError(f"{self.path}: is another file by now")
+        return file
+
 
 class Ends(NamedTuple):
-    """Where a worker finds its ends of a line, as the driver holds them open."""
+    """Where a worker finds both."""
 
-    questions: str
-    answers: str
+    questions: End
+    answers: End
 
 
 class Ticket:
@@ -49,15 +81,15 @@ class Line:
         """For the answers that are to come, in their order."""
         self.takes = True
         """Whether questions can still be asked."""
-        self.is_open = False
-        """Whether the worker holds its ends: then its death is heard here."""
+        self.is_open = self.was_open = False
+        """Whether the worker holds its ends, so that its death is heard here; and whether it ever did."""
         self.has_ended = False
         """Whether there is nothing more to hear."""
 
     @property
     def ends(self) -> Ends:
         """Where the worker finds its own."""
-        return Ends(*(f"/proc/{os.getpid()}/fd/{file}" for file in self._far))
+        return Ends(*map(End.of, self._far))
 
     def fileno(self) -> int:
         """What can be read from when there is something to hear."""
@@ -67,10 +99,7 @@ class Line:
         """Send a small word; that nobody is there any more will be heard like an answer."""
         ticket = Ticket()
         self.tickets.append(ticket)
-        try:
-            _write(self._questions, word)
-        except BrokenPipeError:
-            self.takes = False
+        self._say(word)
         return ticket
 
     def take(self) -> tuple[Ticket, Any] | None:
@@ -80,8 +109,8 @@ class Line:
         except EOFError:
             self.takes, self.is_open, self.has_ended = False, False, True
             return None
-        if not self.is_open:
-            self.is_open = True
+        if not self.was_open:
+            self.is_open = self.was_open = True
             self._drop(self._far)
             return None
         return self.tickets.popleft(), word
@@ -89,13 +118,24 @@ class Line:
     def hang_up(self) -> None:
         """Ask no more: the worker answers what it has been asked, and leaves the line."""
         if self.takes:
+            self._say(GOODBYE)
             self.takes = False
-            self._drop([self._questions])
 
     def close(self) -> None:
         """Leave the line, whatever is still to come."""
         self.takes, self.is_open, self.has_ended = False, False, True
         self._close()
+
+    def _say(self, word: Any) -> None:
+        # Whatever this process does otherwise when a pipe breaks, this one's end is heard.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+        try:
+            _write(self._questions, word)
+        except BrokenPipeError:
+            self.takes = False
+            signal.sigtimedwait({signal.SIGPIPE}, 0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def _drop(self, files: Sequence[int]) -> None:
         for file in files:
@@ -112,15 +152,29 @@ def heard(lines: Sequence[Line], timeout: float) -> list[Line]:
 
 
 def serve(ends: Ends, answer: Callable[[Any], Any]) -> None:
-    """The worker's end: answer word after word, until the driver hangs up or is gone."""
-    with open(ends.questions, "rb", buffering=0) as questions, open(ends.answers, "wb", buffering=0) as answers:
+    """The worker's end: answer word after word, until the driver hangs up or is gone.
+
+    Raises:
+        OSError: if the line is not there any more.
+    """
+    own = os.getpid()
+    with (
+        os.fdopen(ends.questions.open(os.O_RDONLY), "rb", buffering=0) as questions,
+        os.fdopen(ends.answers.open(os.O_WRONLY), "wb", buffering=0) as answers,
+    ):
         word: Any = None  # that the line is open
         while _got_through(answers.fileno(), word):
             try:
                 asked = _read(questions.fileno())
             except EOFError:
                 return
-            word = answer(asked)
+            if asked == GOODBYE:
+                return
+            try:
+                word = answer(asked)
+            finally:
+                if os.getpid() != own:  # a child that was forked in there has no say here
+                    os._exit(0)
 
 
 def _got_through(file: int, word: Any) -> bool:

@@ -374,19 +374,26 @@ class RayPool(Pool):
 
     def _left(self, member: Member) -> None:
         """A worker serves its line no more: if it has not been asked to, what it was asked is trained again."""
-        line, actor, reference = member.line, member.actor, member.serving
+        line, actor, reference, errors = member.line, member.actor, member.serving, self._ray.exceptions
         assert line is not None
         member.serving = None
         try:
             self._ray.get(reference)
-        except self._ray.exceptions.RayError as error:
-            for ticket in [each for each in line.tickets if each in self._running]:
+        except errors.RayError as error:
+            asked = [ticket for ticket in line.tickets if ticket in self._running]
+            if isinstance(error, errors.RayTaskError) and not line.was_open:
+                # It could not open the line, but can be called all the same.
+                member.disconnect()
+                for ticket in reversed(asked):
+                    group = self._running.pop(ticket)
+                    group.leave()
+                    self._queue.appendleft(group)
+                return
+            for ticket in asked:
                 if ticket in self._running:
                     self._failed(ticket, error)
-            if isinstance(error, self._ray.exceptions.RayActorError):
+            if isinstance(error, errors.RayActorError):
                 self._crew.bury(actor)  # it may have had nothing to do
-            elif member.line is line:
-                member.disconnect()  # it can be called all the same
 
     def _look_after_lines(self) -> None:
         """Ask Ray who is gone: what a worker has forked may hold its line open when Ray has killed it."""
@@ -394,7 +401,8 @@ class RayPool(Pool):
         if serving:
             left, _ = self._ray.wait(list(serving), num_returns=len(serving), timeout=0.0)
             for reference in left:
-                self._left(serving[reference])
+                if reference in self._crew.serving():  # and not replaced since, as another of these was taken care of
+                    self._left(serving[reference])
 
     def _failed(self, reference: Any, error: Exception) -> None:
         """A group's answer is an error of Ray's, or was lost: train the group again, by itself.

@@ -105,7 +105,7 @@ class Problem(ABC):
     def with_linear(self, made: Callable[[str, str | None], Stage]) -> Problem:
         """This problem to train from, with linear layers that ``made`` makes from the names of weight and bias.
 
-        Itself, unless it is a module in single precision whose layers are known.
+        Itself, unless it is a module in single precision with such layers, all of whose layers are known.
         """
         return self
 

@@ -210,10 +210,11 @@ class Classification(Problem):
 
     def with_linear(self, made: Callable[[str, str | None], Stage]) -> Classification:
         """This problem to train from, with linear layers that ``made`` makes from the names of weight and bias."""
-        if not isinstance(self._form, Sequential) or self.layout.dtype is not torch.float32:
+        form = self._form
+        if not isinstance(form, Sequential) or not form.has_linear() or self.layout.dtype is not torch.float32:
             return self
         other = copy.copy(self)
-        other._held, other._form = None, self._form.with_linear(made)
+        other._held, other._form = None, form.with_linear(made)
         return other
 
     def rows(self, client: int) -> Tensor:

@@ -205,6 +205,10 @@ class Sequential:
         views = self.layout.split(x)
         self._run(views, images, labels, noise, Into(views, 1.0, -lr))
 
+    def has_linear(self) -> bool:
+        """Whether there are linear layers."""
+        return any(isinstance(each, Linear) for each in self.stages)
+
     def with_linear(self, made: Callable[[str, str | None], Stage]) -> Sequential:
         """The same, with stages for linear layers that ``made`` makes from the names of weight and bias."""
         stages = (made(each.weight, each.bias) if isinstance(each, Linear) else each for each in self.stages)

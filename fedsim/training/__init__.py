@@ -9,6 +9,7 @@ import torch
 from fedsim.checks import ConfigError
 from fedsim.local import LocalSGD
 from fedsim.problems.base import Problem
+from fedsim.problems.sequential import Linear
 from fedsim.rng import Randomness
 from fedsim.training.base import Result, SelfTrained, Sizes, Trainer, Work, out_of_memory
 from fedsim.training.general import GeneralTrainer
@@ -59,4 +60,5 @@ def trainer_for(
         stacked = VmapTrainer(problem, jobs, randomness, device)
         if stacked.takes():
             return stacked
-    return GeneralTrainer(problem, jobs, randomness, device, kernel_for(kernel))
+    chosen = device.type == "cpu" and problem.with_linear(Linear) is not problem
+    return GeneralTrainer(problem, jobs, randomness, device, kernel_for(kernel) if chosen else "torch")
