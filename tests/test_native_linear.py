@@ -96,6 +96,20 @@ def test_gradients_and_steps_of_whole_models_are_those_of_autograd(make: Any, sh
     assert not torch.equal(moved, x)
 
 
+def test_a_step_in_one_go_is_the_gradient_subtracted_to_the_bit() -> None:
+    """With a rate that is a power of two, whose products are exact; a convolution's gradient is subtracted anyway."""
+    with torch_seeded(5):
+        module, images, labels = LeNet().build((1, 16, 16), 3), torch.randn(9, 1, 16, 16), torch.randint(3, (9,))
+    flat = FlatModule(module)
+    written = sequential_of(module, flat.layout, (1, 16, 16))
+    assert written is not None
+    native, x = written.with_linear(NativeLinear), flat.values.clone()
+    for _ in range(5):
+        expected = x - 0.125 * native.gradient(x, images, labels, None)
+        native.descend(x, images, labels, 0.125, None)
+        assert torch.equal(x, expected)
+
+
 def test_large_batches_of_large_layers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(built, "LARGE_CHAIN", 11)
     shape, generator = (4, 3, True, False), torch.Generator().manual_seed(0)

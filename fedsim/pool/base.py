@@ -24,7 +24,7 @@ class Pool(ABC):
     device: str = "cpu"
     """Where tasks are trained, ``cpu`` or ``cuda``. Works come from main memory, and results go back to it."""
     kernel: str = "auto"
-    """What makes the steps of chains of linear layers on a CPU."""
+    """What makes the products of linear layers on a CPU."""
 
     def identity(self) -> dict[str, Any]:
         """What of this pool shows in a run's bits, in plain values: the kernel on a CPU.
