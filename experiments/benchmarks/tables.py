@@ -97,6 +97,15 @@ def target_table(results: Mapping[str, float]) -> str:
     return markdown(["", "target", "measured", "reached"], rows)
 
 
+def workers_line(workload: Workload, one: Measured, two: Measured) -> str:
+    """What a second worker brings, measured apart from the other contestants."""
+    each = [f"{1000 * workload.cohort * measured.each('wall'):.1f}" for measured in (one, two)]
+    return (
+        f"Ray alone, without the other contestants' processes: {each[0]} ms a round with one worker, {each[1]} with "
+        f"two, {two.speed('wall'):.2f} times as fast."
+    )
+
+
 def schedule_table(rates: Mapping[tuple[str, int], Sequence[float]]) -> str:
     """Client tasks per second with nothing trained, by processor and wall clock, and their share of a bare loop's."""
     rows = [

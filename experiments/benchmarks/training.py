@@ -76,6 +76,26 @@ def run_contest(
         return interleaved(contestants, repeats, seconds)
 
 
+def run_workers(workload: Workload, folder: Path, repeats: int, seconds: float) -> tuple[Measured, Measured]:
+    """One and two of Ray's workers, with nobody else alive: two need both cores of a small machine to themselves.
+
+    Every Ray takes some per cent of a core while it has nothing to do.
+
+    Args:
+        workload: what is trained.
+        folder: for tensors and records.
+        repeats: how often each is measured.
+        seconds: about how long each trains in a repeat.
+    """
+    inner = folder / "workers"
+    inner.mkdir(exist_ok=True)
+    path = tensors.write(workload, inner)
+    contestants = [ours(path, workload, pool) for pool in ("ray:1", "ray:2")]
+    with contest(contestants):
+        one, two = interleaved(contestants, repeats, seconds).values()
+    return one, two
+
+
 def run_gpu_contest(workload: Workload, folder: Path, repeats: int, seconds: float) -> Mapping[str, Measured]:
     """One workload on one GPU: the sequential loop against fedsim, whose groups are whole cohorts."""
     path = tensors.write(workload, folder)
