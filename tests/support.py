@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import time
 from collections.abc import Callable
 
@@ -150,3 +152,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+def opened_files() -> int:
+    """How many files this process has open, apart from what only waits to be collected."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -16,13 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import opened_files
 
 from fedsim.pool.lines import End, Ends, Line, Ticket, heard, serve
-
-
-def opened_files() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
 
 
 def answers(line: Line, count: int) -> list[tuple[Ticket, Any]]:

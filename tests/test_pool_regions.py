@@ -13,14 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import opened_files
 
 from fedsim.pool.regions import GROWTH, Address, Region
 from fedsim.vectors import ALIGNED
-
-
-def opened_files() -> int:
-    gc.collect()
-    return len(os.listdir("/proc/self/fd"))
 
 
 def test_arrays_come_out_as_they_went_in_and_lie_where_new_vectors_would() -> None:
@@ -121,3 +117,15 @@ def test_a_lack_of_memory_is_said_before_anything_is_written(monkeypatch: pytest
     with pytest.raises(OSError, match="no space left"):
         region.seal(np.zeros(2 * GROWTH))
     np.testing.assert_array_equal(region.unsealed(letter), np.arange(5))
+
+
+def test_what_has_taken_the_place_of_a_region_is_left_alone(tmp_path: Path) -> None:
+    region = Region.create()
+    address, before = region.address, opened_files()
+    del region
+    gc.collect()
+    with open(tmp_path / "held", "w+") as file:
+        assert file.fileno() == int(address.path.rpartition("/")[2])
+        with pytest.raises(FileNotFoundError, match="is another file by now"):
+            Region.attach(address)
+        assert opened_files() == before

@@ -28,10 +28,14 @@ class Address(NamedTuple):
     name: str
     """What the path must lead to: on another machine there may be something else."""
 
+    def is_what(self, link: str) -> bool:
+        """Whether a link in /proc is one to the region."""
+        return os.readlink(link) == f"/memfd:{self.name} (deleted)"
+
     def leads_there(self) -> bool:
         """Whether this process can reach the region."""
         try:
-            return os.readlink(self.path) == f"/memfd:{self.name} (deleted)" and os.access(self.path, os.R_OK | os.W_OK)
+            return self.is_what(self.path) and os.access(self.path, os.R_OK | os.W_OK)
         except OSError:
             return False
 
@@ -77,9 +81,13 @@ class Region:
         """Another process's.
 
         Raises:
-            OSError: if it cannot be reached from here.
+            OSError: if it cannot be reached from here, or is not there any more.
         """
-        return cls(os.open(address.path, os.O_RDWR | os.O_CLOEXEC), address)
+        file = os.open(address.path, os.O_RDWR | os.O_CLOEXEC)
+        if not address.is_what(f"/proc/self/fd/{file}"):
+            os.close(file)
+            raise FileNotFoundError(f"{address.path}: is another file by now")
+        return cls(file, address)
 
     def seal(self, value: Any) -> Letter:
         """Put a value here, over whatever was here before: its arrays first, then the rest.
