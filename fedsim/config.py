@@ -24,7 +24,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -248,22 +248,20 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise ConfigError(f"{error.override}: cannot be read as key=value") from None
+    swept = [each for each in parsed if each.is_sweep_override()]
     try:
-        counts = [sum(1 for _ in islice(each.sweep_string_iterator(), MOST_MEMBERS + 1)) for each in _swept(parsed)]
-        batches = BasicSweeper.split_arguments(parsed, max_batch_size=None) if prod(counts) <= MOST_MEMBERS else []
+        counts = [sum(1 for _ in islice(each.sweep_string_iterator(), MOST_MEMBERS + 1)) for each in swept]
+        too_many = prod(counts) > MOST_MEMBERS
+        batches = [] if too_many else BasicSweeper.split_arguments(parsed, max_batch_size=None)
     except (HydraException, AssertionError, ValueError) as error:
         raise ConfigError(f"{' '.join(overrides)}: cannot be swept ({_one_line(error)}); list the values") from None
-    for each, count in zip(_swept(parsed), counts, strict=True):
+    for each, count in zip(swept, counts, strict=True):
         if not count:
             raise ConfigError(f"{each.input_line}: the range is empty")
-    if prod(counts) > MOST_MEMBERS:
-        swept = " ".join(str(each.input_line) for each in _swept(parsed))
-        raise ConfigError(f"{swept}: a sweep has at most {MOST_MEMBERS:,} runs, give fewer values")
+    if too_many:
+        given = " ".join(str(each.input_line) for each in swept)
+        raise ConfigError(f"{given}: a sweep has at most {MOST_MEMBERS:,} runs, give fewer values")
     return [list(member) for batch in batches for member in batch]
-
-
-def _swept(parsed: Iterable[Override]) -> list[Override]:
-    return [each for each in parsed if each.is_sweep_override()]
 
 
 def spelt_out(overrides: Sequence[str], folder: Path) -> list[str]:

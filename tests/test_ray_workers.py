@@ -182,7 +182,7 @@ def test_workers_without_a_line_are_called_through_ray(opened: Any, monkeypatch:
     pool.submit([work(task) for task in range(3)])
     assert [checked(pool.result(task)).steps for task in range(3)] == [1] * 3
     assert [member.near for member in pool._crew.members] == [True]
-    assert pool._crew.lines() == {}
+    assert pool._crew.lines() == []
 
 
 @pytest.mark.usefixtures("cluster")
@@ -199,7 +199,7 @@ def test_where_a_region_finds_no_more_room_ray_goes_on_and_what_was_asked_before
     monkeypatch.setattr("fedsim.pool.regions.Region.seal", refuse)
     pool.submit([work(1), work(2)])
     assert [checked(pool.result(task)).steps for task in range(3)] == [1] * 3
-    wait_until(lambda: pool._take_in(0.1) or pool._crew.lines() == {})
+    wait_until(lambda: pool._take_in(0.1) or pool._crew.lines() == [])
     assert pool.restarts == 0
 
 
@@ -256,6 +256,6 @@ def test_a_worker_that_cannot_open_its_line_is_called_through_ray(opened: Any, m
     pool = opened(workers=1, group=1)
     pool.submit([work(task) for task in range(4)])
     assert [checked(pool.result(task)).steps for task in range(4)] == [1] * 4
-    assert pool._crew.lines() == {}
+    assert pool._crew.lines() == []
     assert pool._running == {}
     assert pool.restarts == 0

@@ -143,9 +143,9 @@ class Crew:
         """Those who have not joined, by the reference of the greeting they owe."""
         return {member.greeting: member for member in self.members if not member.joined}
 
-    def lines(self) -> dict[Line, Member]:
+    def lines(self) -> list[Line]:
         """The lines through which something may come."""
-        return {each.line: each for each in self.members if each.line is not None and not each.line.has_ended}
+        return [each.line for each in self.members if each.line is not None and not each.line.has_ended]
 
     def serving(self) -> dict[Any, Member]:
         """Those who serve a line, by the reference that tells when, or why, they have left it."""

@@ -1,4 +1,4 @@
-"""Lines to the workers of the driver's own machine: a word passes in a tenth of the time that a call of Ray's takes.
+"""Lines to the workers of the driver's own machine: trips take a third of what they take by calls of Ray's.
 
 A line is two pipes. Their ends are found like regions are, and close with the process that holds them, so whoever is
 left hears of it. What is large does not travel through a line but in a region.
@@ -81,8 +81,8 @@ class Line:
         """For the answers that are to come, in their order."""
         self.takes = True
         """Whether questions can still be asked."""
-        self.is_open = self.was_open = False
-        """Whether the worker holds its ends, so that its death is heard here; and whether it ever did."""
+        self.was_open = False
+        """Whether the worker has ever held its ends."""
         self.has_ended = False
         """Whether there is nothing more to hear."""
 
@@ -90,6 +90,11 @@ class Line:
     def ends(self) -> Ends:
         """Where the worker finds its own."""
         return Ends(*map(End.of, self._far))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the worker holds its ends, so that its death is heard here."""
+        return self.was_open and not self.has_ended
 
     def fileno(self) -> int:
         """What can be read from when there is something to hear."""
@@ -107,10 +112,10 @@ class Line:
         try:
             word = _read(self._answers)
         except EOFError:
-            self.takes, self.is_open, self.has_ended = False, False, True
+            self.takes, self.has_ended = False, True
             return None
         if not self.was_open:
-            self.is_open = self.was_open = True
+            self.was_open = True
             self._drop(self._far)
             return None
         return self.tickets.popleft(), word
@@ -123,7 +128,7 @@ class Line:
 
     def close(self) -> None:
         """Leave the line, whatever is still to come."""
-        self.takes, self.is_open, self.has_ended = False, False, True
+        self.takes, self.has_ended = False, True
         self._close()
 
     def _say(self, word: Any) -> None:

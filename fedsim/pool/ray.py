@@ -310,7 +310,7 @@ class RayPool(Pool):
         if not awaited and not lines:
             return
         self._waits_since = time.perf_counter() if timeout else math.inf
-        there, finished = self._listened(list(lines), awaited, timeout)
+        there, finished = self._listened(lines, awaited, timeout)
         if there or finished:
             self._quiet_since = time.monotonic()
         for line in there:

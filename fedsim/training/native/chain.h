@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-/* To be raised when the bits or what a function takes change, with REVISION in form.py. */
+/* To be raised when the bits or what a function takes change, with REVISION in built.py. */
 #define REVISION 3
 
 enum activation { NO_ACTIVATION, RELU, TANH };
